@@ -1,0 +1,37 @@
+// Gathers rows of a matrix, widening 16-bit rows to float where asked. One thread: a step gathers little, and a
+// fork-join would cost more than the copy.
+#include "simd.h"
+
+namespace {
+
+using namespace kvasir;
+
+template <class T>
+void widen_rows(const T* source, int64_t stride, const int64_t* rows, int64_t num_rows, int64_t size, float* out) {
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const T* from = source + rows[i] * stride;
+    float* to = out + i * size;
+    int64_t j = 0;
+    for (; j + kLanes <= size; j += kLanes) store(to + j, load(from + j));
+    for (; j < size; ++j) to[j] = to_float(from[j]);
+  }
+}
+
+}  // namespace
+
+// source: rows of `size` elements, `stride` elements apart; out: [num_rows, size]. Types as DType; out_dtype is
+// source_dtype or float.
+KVASIR_EXPORT void kvasir_gather_rows(const void* source, int64_t stride, int64_t source_dtype, const int64_t* rows,
+                                      int64_t num_rows, int64_t size, void* out, int64_t out_dtype) {
+  if (source_dtype == out_dtype) {
+    const size_t width = source_dtype == kFloat32 ? 4 : 2;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      std::memcpy((char*)out + size_t(i * size) * width, (const char*)source + size_t(rows[i] * stride) * width,
+                  size_t(size) * width);
+    }
+  } else if (source_dtype == kFloat16) {
+    widen_rows((const Half*)source, stride, rows, num_rows, size, (float*)out);
+  } else {
+    widen_rows((const BFloat16*)source, stride, rows, num_rows, size, (float*)out);
+  }
+}

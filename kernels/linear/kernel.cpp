@@ -1,0 +1,277 @@
+// x W^T + bias on weights packed in panels of 32 columns, 16 or 32 bits wide, with fp32 accumulation.
+// The sum over K runs in one fixed order for every output element: fused multiply-adds one k after the other within
+// chunks of 128, then the chunks one after the other, then the bias. Row count, tile, vector width and threads do not
+// enter, so a row's result is the same bits in any batch.
+#include <algorithm>
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "dispatch.h"
+#include "simd.h"
+
+namespace {
+
+using namespace kvasir;
+
+constexpr int64_t kPanel = 32;   // columns of W^T side by side in memory
+constexpr int64_t kChunk = 128;  // rows of W^T whose products are summed in registers; shorter sums round less
+// Floats between the rows of a copied block of x. Not a multiple of 1024: rows 4 KiB apart would share cache sets.
+constexpr int64_t kRowStride = kChunk + 16;
+constexpr int64_t kPairsPerPanel = kPanel / (2 * kLanes);
+// A task: what it sums into (144 KiB) and a chunk of its 16-bit weights (192 KiB) stay in L2.
+constexpr int64_t kMaxPanelsPerTask = 24;
+constexpr int64_t kMaxRowsPerTask = 48;
+constexpr int64_t kTasksPerThread = 4;
+// Multiply-adds that are worth a thread: 7 us, what waking and joining one costs. Reading two bytes of weights takes as
+// long as four multiply-adds.
+constexpr int64_t kMinWorkPerThread = 350'000;
+constexpr int64_t kWorkPerByte = 2;
+#if defined(__AVX512F__)
+constexpr int kMaxRows = 12;  // 24 accumulators of 32 registers
+#else
+constexpr int kMaxRows = 6;  // 12 accumulators of 16 registers
+#endif
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+KVASIR_INLINE vfloat multiply_add(vfloat a, vfloat b, vfloat c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return fma(a, b, c);
+#else
+  return a * b + c;  // fmaf in software would cost a call per element
+#endif
+}
+
+// Position in a panel row of column `column`. A pair of bfloat16 vectors is stored interleaved: one shift and one mask
+// widen it, which is cheaper than two widening loads.
+template <class T>
+KVASIR_INLINE int64_t position(int64_t column) {
+  return column;
+}
+template <>
+KVASIR_INLINE int64_t position<BFloat16>(int64_t column) {
+  const int64_t pair = column / (2 * kLanes), lane = column % (2 * kLanes);
+  return pair * 2 * kLanes + 2 * (lane % kLanes) + lane / kLanes;
+}
+
+template <class T>
+KVASIR_INLINE void load_pair(const T* p, vfloat& a, vfloat& b) {
+  a = load(p);
+  b = load(p + kLanes);
+}
+template <>
+KVASIR_INLINE void load_pair<BFloat16>(const BFloat16* p, vfloat& a, vfloat& b) {
+  vuint both;
+  std::memcpy(&both, p, sizeof(both));
+  a = (vfloat)(both << 16);
+  b = (vfloat)(both & 0xffff0000u);
+}
+
+// out[Rows][Pairs * 2 * kLanes] (+)= x[Rows][depth] * w[depth][...], then + bias where it is not null; meanwhile the
+// share of the next panel at `ahead` (past the last one a harmless address) that falls to this tile is fetched.
+template <class T, int Rows, int Pairs>
+__attribute__((noinline)) void tile(const float* x, const T* w, const T* ahead, int64_t depth, bool is_first,
+                                    const float* bias, float* out, int64_t out_stride) {
+  constexpr int64_t kAheadStep = Pairs * 2 * kLanes;
+  vfloat sums[Rows][2 * Pairs];
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < 2 * Pairs; ++j) sums[r][j] = zeros();
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; ++k) {
+    const T* row = w + k * kPanel;
+    // With few rows the hardware prefetcher keeps up with the plain stream and more instructions only cost.
+    if constexpr (Rows >= 4) {
+      for (int64_t byte = 0; byte < kAheadStep * int64_t(sizeof(T)); byte += 64)
+        __builtin_prefetch((const char*)(ahead + k * kAheadStep) + byte, 0, 2);
+    }
+    vfloat weights[2 * Pairs];
+#pragma GCC unroll 2
+    for (int j = 0; j < Pairs; ++j) load_pair(row + j * 2 * kLanes, weights[2 * j], weights[2 * j + 1]);
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) {
+      const vfloat value = broadcast(x[r * kRowStride + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < 2 * Pairs; ++j) sums[r][j] = multiply_add(value, weights[j], sums[r][j]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < 2 * Pairs; ++j) {
+      float* target = out + r * out_stride + j * kLanes;
+      vfloat sum = is_first ? sums[r][j] : load(target) + sums[r][j];
+      if (bias) sum = sum + load(bias + j * kLanes);
+      store(target, sum);
+    }
+}
+
+// One panel for `rows` <= Rows rows.
+template <class T, int Rows>
+void panel(int64_t rows, const float* x, const T* w, int64_t depth, bool is_first, const float* bias, float* out,
+           int64_t out_stride) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return panel<T, Rows - 1>(rows, x, w, depth, is_first, bias, out, out_stride);
+  }
+  // As many vectors side by side as registers allow: with one or two rows the additions' latency would bound.
+  constexpr int kPairs = Rows <= 2 ? kPairsPerPanel : 1;
+  for (int64_t column = 0; column < kPanel; column += kPairs * 2 * kLanes)
+    tile<T, Rows, kPairs>(x, w + column, w + depth * (kPanel + column), depth, is_first,
+                          bias ? bias + column : nullptr, out + column, out_stride);
+}
+
+template <class T>
+struct Product {
+  const float* x;
+  int64_t x_stride, num_rows, depth, num_columns;
+  const T* weights;
+  const float* bias;
+  float* out;
+  int64_t out_stride;
+
+  int64_t num_panels() const { return ceil_div(num_columns, kPanel); }
+
+  // The last panel may be narrower than it is packed: its rows pass through a full-width buffer.
+  void partial_panel(int64_t rows, const float* block, const T* w, int64_t chunk, bool is_first, const float* bias_at,
+                     float* target, int64_t width) const {
+    float buffer[kMaxRows * kPanel] = {};
+    if (!is_first)
+      for (int64_t r = 0; r < rows; ++r) std::copy_n(target + r * out_stride, width, buffer + r * kPanel);
+    panel<T, kMaxRows>(rows, block, w, chunk, is_first, bias_at, buffer, kPanel);
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(buffer + r * kPanel, width, target + r * out_stride);
+  }
+
+  void block_of_rows(int64_t row, int64_t rows, int64_t first_panel, int64_t end_panel, int64_t k0) const {
+    const int64_t chunk = std::min(kChunk, depth - k0);
+    alignas(64) float block[kMaxRows * kRowStride];
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(x + (row + r) * x_stride + k0, chunk, block + r * kRowStride);
+    const bool is_first = k0 == 0, is_last = k0 + chunk == depth;
+    for (int64_t p = first_panel; p < end_panel; ++p) {
+      const T* w = weights + (k0 * num_panels() + p * chunk) * kPanel;
+      const float* bias_at = is_last && bias ? bias + p * kPanel : nullptr;
+      float* target = out + row * out_stride + p * kPanel;
+      const int64_t width = num_columns - p * kPanel;
+      if (width < kPanel)
+        partial_panel(rows, block, w, chunk, is_first, bias_at, target, width);
+      else
+        panel<T, kMaxRows>(rows, block, w, chunk, is_first, bias_at, target, out_stride);
+    }
+  }
+
+  void task(int64_t row, int64_t rows, int64_t first_panel, int64_t end_panel) const {
+    const int64_t num_blocks = ceil_div(rows, kMaxRows);
+    for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kChunk)
+      for (int64_t b = 0; b < num_blocks; ++b) {
+        const int64_t begin = rows * b / num_blocks, end = rows * (b + 1) / num_blocks;
+        block_of_rows(row + begin, end - begin, first_panel, end_panel, k0);
+      }
+  }
+
+  void run(int64_t max_threads) const {
+    const int64_t work = num_columns * depth * std::max<int64_t>(num_rows, kWorkPerByte * sizeof(T));
+    const int64_t threads = std::clamp<int64_t>(work / kMinWorkPerThread, 1, max_threads);
+    const int64_t wanted = threads * kTasksPerThread;
+    const int64_t min_row_groups = ceil_div(num_rows, kMaxRowsPerTask);
+    const int64_t min_column_groups = ceil_div(num_panels(), kMaxPanelsPerTask);
+    const int64_t column_groups =
+        std::clamp(wanted / std::max<int64_t>(min_row_groups, 1), min_column_groups, num_panels());
+    // Rows are split further where the columns do not feed all threads.
+    const int64_t row_groups =
+        std::clamp(wanted / column_groups, min_row_groups, std::max(min_row_groups, num_rows / kMaxRows));
+    const auto run_task = [&](int64_t t) {
+      // Neighbouring tasks share weights: the first one brings them into the cache.
+      const int64_t columns = t / row_groups, first = num_panels() * columns / column_groups;
+      const int64_t group = t % row_groups, row = num_rows * group / row_groups;
+      task(row, num_rows * (group + 1) / row_groups - row, first, num_panels() * (columns + 1) / column_groups);
+    };
+    const int64_t num_tasks = column_groups * row_groups;
+    if (threads <= 1) {
+      for (int64_t t = 0; t < num_tasks; ++t) run_task(t);
+      return;
+    }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t t = 0; t < num_tasks; ++t) run_task(t);
+  }
+};
+
+// Index of W[column][k] among the packed weights.
+template <class T>
+KVASIR_INLINE int64_t packed_index(int64_t column, int64_t k, int64_t depth, int64_t num_panels) {
+  const int64_t k0 = k / kChunk * kChunk, chunk = std::min(kChunk, depth - k0);
+  return (k0 * num_panels + column / kPanel * chunk + (k - k0)) * kPanel + position<T>(column % kPanel);
+}
+
+template <class T>
+void pack(const T* weight, int64_t row_stride, int64_t num_columns, int64_t depth, T* packed, int64_t threads) {
+  const int64_t num_panels = ceil_div(num_columns, kPanel);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t p = 0; p < num_panels; ++p)
+    for (int64_t j = 0; j < kPanel; ++j) {
+      const int64_t column = p * kPanel + j;
+      for (int64_t k0 = 0; k0 < depth; k0 += kChunk) {
+        const int64_t end = std::min(k0 + kChunk, depth);
+        T* target = packed + packed_index<T>(column, k0, depth, num_panels);
+        for (int64_t k = k0; k < end; ++k, target += kPanel)
+          *target = column < num_columns ? weight[column * row_stride + k] : T{};
+      }
+    }
+}
+
+template <class T>
+void unpack_rows(const T* packed, int64_t num_columns, int64_t depth, const int64_t* ids, int64_t num_ids, float* out,
+                 int64_t threads) {
+  const int64_t num_panels = ceil_div(num_columns, kPanel);
+#pragma omp parallel for num_threads(threads) if (num_ids * depth * kPanel > kMinWorkPerThread)
+  for (int64_t i = 0; i < num_ids; ++i)
+    for (int64_t k0 = 0; k0 < depth; k0 += kChunk) {
+      const T* source = packed + packed_index<T>(ids[i], k0, depth, num_panels);
+      const int64_t end = std::min(k0 + kChunk, depth);
+      for (int64_t k = k0; k < end; ++k, source += kPanel) out[i * depth + k] = to_float(*source);
+    }
+}
+
+}  // namespace
+
+// weight [num_columns][depth] with row_stride elements between rows -> packed, rounded up to whole panels.
+KVASIR_EXPORT void kvasir_linear_pack(const void* weight, int64_t dtype, int64_t row_stride, int64_t num_columns,
+                                      int64_t depth, void* packed, int64_t threads) {
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    pack((const T*)weight, row_stride, num_columns, depth, (T*)packed, threads);
+  });
+}
+
+// out[i] = row ids[i] of the weight that was packed, as fp32.
+KVASIR_EXPORT void kvasir_linear_unpack_rows(const void* packed, int64_t dtype, int64_t num_columns, int64_t depth,
+                                             const int64_t* ids, int64_t num_ids, float* out, int64_t threads) {
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    unpack_rows((const T*)packed, num_columns, depth, ids, num_ids, out, threads);
+  });
+}
+
+// out [num_rows][num_columns] = x W^T + bias; bias is null or has a whole number of panels.
+KVASIR_EXPORT void kvasir_linear(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth, int64_t num_columns,
+                                 const void* packed, int64_t dtype, const float* bias, float* out, int64_t out_stride,
+                                 int64_t threads) {
+  with_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    Product<T>{x, x_stride, num_rows, depth, num_columns, (const T*)packed, bias, out, out_stride}.run(threads);
+  });
+}
+
+// Ask for large pages before the memory is first touched: a product streams every weight, and with 4 KiB pages the
+// address translation costs about a quarter of the read bandwidth. A hint; where it is refused nothing changes.
+KVASIR_EXPORT void kvasir_linear_advise_large_pages(void* memory, int64_t num_bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = (uintptr_t)memory / kPage * kPage, end = ((uintptr_t)memory + num_bytes) / kPage * kPage;
+  if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)num_bytes;
+#endif
+}

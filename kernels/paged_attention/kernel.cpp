@@ -1,0 +1,348 @@
+// Paged attention on CPU. A work item is (row, tile of queries, range of key splits) for one kv head, with all query
+// heads that share it, so that keys and values are read once for them.
+//
+// Keys are taken in splits of kSplitKeys slots aligned to slot 0; each split gives a partial result (sum of values,
+// largest score, sum of weights) from scratch, and the partials are merged in order. An item that holds all splits of
+// its queries merges as it goes; long sequences are divided over several items, whose partials a second pass merges with
+// the same function. So the division into items changes no bit of the result. plan in cpp_impl.py makes the items.
+#include <algorithm>
+#include <new>
+#include <utility>
+
+#include "tile.h"
+
+namespace kvasir::attention {
+namespace {
+
+constexpr int kSplitKeys = 256;       // as SPLIT_KEYS in cpp_impl.py; a multiple of kTileKeys
+constexpr int kMaxRowsReadInPlace = 8;  // with more rows, converting a 16-bit tile once is cheaper
+
+// Field by field the Params of cpp_impl.py.
+struct Params {
+  const void* q;
+  const void* k_cache;
+  const void* v_cache;
+  const int32_t* block_table;
+  const int32_t* seq_lens;
+  const int32_t* cu_seqlens_q;
+  const float* sinks;  // or null
+  void* out;
+  float* lse;  // or null
+  const int32_t* items;   // [num_items, 6]: row, first query, queries, first split, last split + 1, partial or -1
+  const int32_t* merges;  // [num_merges, 5]: row, first query, queries, splits, partial
+  float* partial_acc;     // [partials, H, Dv]; a partial is one query of one split
+  float* partial_stats;   // [partials, H, 2]: largest score, sum of weights
+  int64_t num_items, num_merges, num_heads, num_kv_heads, head_dim, head_dim_v, block_size;
+  int64_t q_stride_token, q_stride_head, out_stride_token, out_stride_head;
+  int64_t k_stride_block, k_stride_head, v_stride_block, v_stride_head;
+  int64_t table_stride_row, table_stride_head, lens_stride_row, lens_stride_head;
+  int64_t q_dtype, cache_dtype, window, num_threads;
+  float scale, soft_cap;
+};
+
+struct Item {
+  int32_t row, first_query, num_queries, first_split, last_split, partial;
+};
+struct Merge {
+  int32_t row, first_query, num_queries, num_splits, partial;
+};
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// A thread's working memory; kept from call to call, for it is touched in every layer of every step.
+class Arena {
+ public:
+  // Start of at least `count` floats, aligned for vectors; earlier contents are lost.
+  float* reserve(int64_t count) {
+    if (count > capacity_) {
+      release();
+      data_ = static_cast<float*>(::operator new(count * sizeof(float), kAlignment));
+      capacity_ = count;
+    }
+    return data_;
+  }
+  ~Arena() { release(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  void release() {
+    if (data_ != nullptr) ::operator delete(data_, kAlignment);
+  }
+  float* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+thread_local Arena arena;
+
+struct Scratch {
+  Rows rows;
+  float *q, *k, *v;                             // k, v: float copies of a tile
+  float *merged, *merged_largest, *merged_sum;  // partials merged so far
+  Range* visible;                               // [M] slots that each row sees
+
+  Scratch(const Params& p, int64_t num_queries) {
+    const int64_t count = num_queries * (p.num_heads / p.num_kv_heads), padded = round_up(count, 16);
+    const int64_t dim = round_up(p.head_dim, kLanes), dim_v = round_up(p.head_dim_v, kLanes);
+    static_assert(sizeof(Range) == 2 * sizeof(float), "ranges are carved from the same memory");
+    float* next = arena.reserve(padded * (dim + 2 * dim_v + kTileKeys + 9) + kTileKeys * (dim + dim_v));
+    const auto take = [&next](int64_t n) { return std::exchange(next, next + n); };
+    q = take(padded * dim);
+    k = take(kTileKeys * dim);
+    v = take(kTileKeys * dim_v);
+    float* s = take(padded * kTileKeys);
+    float* acc = take(padded * dim_v);
+    merged = take(padded * dim_v);
+    merged_largest = take(padded);
+    merged_sum = take(padded);
+    float *largest = take(padded), *sum = take(padded), *decay = take(padded);
+    visible = reinterpret_cast<Range*>(take(2 * padded));
+    Range* range = reinterpret_cast<Range*>(take(2 * padded));
+    rows = {int(count), int(dim), int(dim_v), q, s, acc, largest, sum, decay, range};
+  }
+};
+
+// ---- queries in, results out ----
+
+template <class T>
+void copy_row(const T* from, int64_t n, int64_t padded, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) store(to + d, load(from + d));
+  if (d < n) store(to + d, load_n(from + d, int(n - d)));
+  for (d = round_up(n, kLanes); d < padded; ++d) to[d] = 0;
+}
+
+template <class T>
+void write_row(const float* from, int64_t n, float factor, T* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) store(to + d, load(from + d) * factor);
+  if (d < n) store_n(to + d, load(from + d) * factor, int(n - d));
+}
+
+// Row m of a tile is query m / G, head m % G of the kv head.
+struct TileIndex {
+  int64_t first_token, first_head, group;
+  int64_t token(int m) const { return first_token + m / group; }
+  int64_t head(int m) const { return first_head + m % group; }
+};
+
+TileIndex tile_index(const Params& p, int row, int first_query, int64_t kv_head) {
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  return {p.cu_seqlens_q[row] + first_query, kv_head * group, group};
+}
+
+void load_queries(const Params& p, const TileIndex& index, const Scratch& scratch) {
+  for (int m = 0; m < scratch.rows.count; ++m) {
+    const int64_t offset = index.token(m) * p.q_stride_token + index.head(m) * p.q_stride_head;
+    float* to = scratch.q + m * scratch.rows.dim;
+    if (p.q_dtype == kFloat32) copy_row((const float*)p.q + offset, p.head_dim, scratch.rows.dim, to);
+    if (p.q_dtype == kFloat16) copy_row((const Half*)p.q + offset, p.head_dim, scratch.rows.dim, to);
+    if (p.q_dtype == kBFloat16) copy_row((const BFloat16*)p.q + offset, p.head_dim, scratch.rows.dim, to);
+  }
+}
+
+// Divides by the sum of weights (with the head's sink) and writes out and lse.
+void finish(const Params& p, const TileIndex& index, const Scratch& scratch) {
+  for (int m = 0; m < scratch.rows.count; ++m) {
+    const int64_t token = index.token(m), head = index.head(m);
+    float largest = scratch.merged_largest[m], sum = scratch.merged_sum[m], factor = 1;
+    if (p.sinks != nullptr) {
+      const float with_sink = std::max(largest, p.sinks[head]);
+      factor = exp_scalar(largest - with_sink);
+      sum = fma(sum, factor, exp_scalar(p.sinks[head] - with_sink));
+      largest = with_sink;
+    }
+    if (p.lse != nullptr) p.lse[token * p.num_heads + head] = sum == 0 ? -kInfinity : largest + std::log(sum);
+    factor = sum == 0 ? 0 : factor / sum;
+    const float* from = scratch.merged + m * scratch.rows.dim_v;
+    const int64_t offset = token * p.out_stride_token + head * p.out_stride_head;
+    if (p.q_dtype == kFloat32) write_row(from, p.head_dim_v, factor, (float*)p.out + offset);
+    if (p.q_dtype == kFloat16) write_row(from, p.head_dim_v, factor, (Half*)p.out + offset);
+    if (p.q_dtype == kBFloat16) write_row(from, p.head_dim_v, factor, (BFloat16*)p.out + offset);
+  }
+}
+
+// ---- merging partials ----
+
+void clear_merged(const Scratch& scratch) {
+  std::fill_n(scratch.merged, scratch.rows.count * scratch.rows.dim_v, 0.0f);
+  std::fill_n(scratch.merged_largest, scratch.rows.count, -kInfinity);
+  std::fill_n(scratch.merged_sum, scratch.rows.count, 0.0f);
+}
+
+// Adds one row's partial (n values) to what is merged of row m. A partial that saw nothing changes nothing.
+void merge_row(const Scratch& scratch, int m, const float* acc, int64_t n, float largest, float sum) {
+  if (largest == -kInfinity) return;
+  const float before = scratch.merged_largest[m], now = std::max(before, largest);
+  const float keep = exp_scalar(before - now), add = exp_scalar(largest - now);
+  scratch.merged_largest[m] = now;
+  scratch.merged_sum[m] = fma(sum, add, scratch.merged_sum[m] * keep);
+  float* to = scratch.merged + m * scratch.rows.dim_v;
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) store(to + d, fma(load(acc + d), broadcast(add), load(to + d) * keep));
+  if (d < n) store(to + d, fma(load_n(acc + d, int(n - d)), broadcast(add), load(to + d) * keep));
+}
+
+void write_partial(const Params& p, const TileIndex& index, const Scratch& scratch, int64_t partial) {
+  for (int m = 0; m < scratch.rows.count; ++m) {
+    const int64_t slot = (partial + m / index.group) * p.num_heads + index.head(m);
+    p.partial_stats[2 * slot] = scratch.rows.largest[m];
+    p.partial_stats[2 * slot + 1] = scratch.rows.sum[m];
+    std::memcpy(p.partial_acc + slot * p.head_dim_v, scratch.rows.acc + m * scratch.rows.dim_v,
+                p.head_dim_v * sizeof(float));
+  }
+}
+
+void run_merge(const Params& p, const Merge& merge, int64_t kv_head) {
+  const Scratch scratch(p, merge.num_queries);
+  const TileIndex index = tile_index(p, merge.row, merge.first_query, kv_head);
+  clear_merged(scratch);
+  for (int split = 0; split < merge.num_splits; ++split) {
+    for (int m = 0; m < scratch.rows.count; ++m) {
+      const int64_t partial = merge.partial + int64_t(split) * merge.num_queries + m / index.group;
+      const int64_t slot = partial * p.num_heads + index.head(m);
+      merge_row(scratch, m, p.partial_acc + slot * p.head_dim_v, p.head_dim_v, p.partial_stats[2 * slot],
+                p.partial_stats[2 * slot + 1]);
+    }
+  }
+  finish(p, index, scratch);
+}
+
+// ---- keys and values ----
+
+// Pointers to rows first..last-1 of a tile whose first slot is `slot`; the others repeat the nearest, so that whole
+// blocks of pointers can be read.
+template <class T>
+void find_rows(const T* cache, int64_t stride_block, const int32_t* table, int64_t block_size, int64_t dim, int64_t slot,
+               Range range, const T** rows) {
+  for (int j = range.begin; j < range.end;) {
+    const int64_t block = (slot + j) / block_size, offset = (slot + j) % block_size;
+    const T* row = cache + table[block] * stride_block + offset * dim;
+    const int stop = int(std::min<int64_t>(range.end, j + block_size - offset));
+    for (; j < stop; ++j, row += dim) rows[j] = row;
+  }
+  for (int j = 0; j < range.begin; ++j) rows[j] = rows[range.begin];
+  for (int j = range.end; j < kTileKeys; ++j) rows[j] = rows[range.end - 1];
+}
+
+template <class T>
+void convert_rows(const T* const* from, Range range, int64_t n, int64_t padded, float* copy, const float** to) {
+  for (int j = range.begin; j < range.end; ++j) copy_row(from[j], n, padded, copy + j * padded);
+  for (int j = 0; j < kTileKeys; ++j) to[j] = copy + std::clamp(j, range.begin, range.end - 1) * padded;
+}
+
+// One kv head's part of one row's cache.
+template <class T>
+struct Cache {
+  const T *k, *v;
+  const int32_t* table;
+
+  Cache(const Params& p, int64_t row, int64_t kv_head)
+      : k((const T*)p.k_cache + kv_head * p.k_stride_head),
+        v((const T*)p.v_cache + kv_head * p.v_stride_head),
+        table(p.block_table + row * p.table_stride_row + kv_head * p.table_stride_head) {}
+
+  void find_tile(const Params& p, int64_t slot, Range range, TileRows<T>& tile) const {
+    find_rows(k, p.k_stride_block, table, p.block_size, p.head_dim, slot, range, tile.keys);
+    find_rows(v, p.v_stride_block, table, p.block_size, p.head_dim_v, slot, range, tile.values);
+  }
+};
+
+// Adds slots [slot + range.begin, slot + range.end), which `tile` points to, to the rows.
+template <class T>
+void run_tile(const Params& p, const Scratch& scratch, int64_t slot, Range range, const TileRows<T>& tile,
+              const TileRows<T>* next) {
+  const Rows& rows = scratch.rows;
+  for (int m = 0; m < rows.count; ++m) {
+    rows.range[m] = {int(std::max<int64_t>(scratch.visible[m].begin - slot, range.begin)),
+                     int(std::min<int64_t>(scratch.visible[m].end - slot, range.end))};
+  }
+  const bool whole_vectors = rows.dim == p.head_dim && rows.dim_v == p.head_dim_v;
+  if (whole_vectors && (std::is_same_v<T, float> || rows.count <= kMaxRowsReadInPlace)) {
+    add_tile(rows, tile, next, p.scale, p.soft_cap);
+    return;
+  }
+  TileRows<float> copy;
+  convert_rows(tile.keys, range, p.head_dim, rows.dim, scratch.k, copy.keys);
+  convert_rows(tile.values, range, p.head_dim_v, rows.dim_v, scratch.v, copy.values);
+  add_tile<float>(rows, copy, nullptr, p.scale, p.soft_cap);
+}
+
+// Adds slots [begin, end), tile by tile from a multiple of kTileKeys, to rows that have seen nothing yet. `last` is the
+// end of all that the rows will see; end is a multiple of kTileKeys or `last`.
+template <class T>
+void run_split(const Params& p, const Cache<T>& cache, const Scratch& scratch, int64_t begin, int64_t end,
+               int64_t last) {
+  const Rows& rows = scratch.rows;
+  std::fill_n(rows.acc, rows.count * rows.dim_v, 0.0f);
+  std::fill_n(rows.largest, rows.count, -kInfinity);
+  std::fill_n(rows.sum, rows.count, 0.0f);
+  const auto range_at = [&](int64_t slot) {
+    return Range{int(std::max<int64_t>(begin - slot, 0)), int(std::min<int64_t>(last - slot, kTileKeys))};
+  };
+  TileRows<T> tiles[2];
+  int64_t slot = begin / kTileKeys * kTileKeys;
+  if (slot < end) cache.find_tile(p, slot, range_at(slot), tiles[0]);
+  for (int turn = 0; slot < end; slot += kTileKeys, turn ^= 1) {
+    const bool has_next = slot + kTileKeys < last;
+    if (has_next) cache.find_tile(p, slot + kTileKeys, range_at(slot + kTileKeys), tiles[turn ^ 1]);
+    run_tile(p, scratch, slot, range_at(slot), tiles[turn], has_next ? &tiles[turn ^ 1] : nullptr);
+  }
+}
+
+template <class T>
+void run_item(const Params& p, const Item& item, int64_t kv_head) {
+  const Scratch scratch(p, item.num_queries);
+  const Rows& rows = scratch.rows;
+  const TileIndex index = tile_index(p, item.row, item.first_query, kv_head);
+  const Cache<T> cache(p, item.row, kv_head);
+  const int64_t seq_len = p.seq_lens[item.row * p.lens_stride_row + kv_head * p.lens_stride_head];
+  const int64_t num_queries = p.cu_seqlens_q[item.row + 1] - p.cu_seqlens_q[item.row];
+  for (int m = 0; m < rows.count; ++m) {
+    const int64_t end = std::max<int64_t>(0, seq_len - num_queries + item.first_query + m / index.group + 1);
+    scratch.visible[m] = {int(p.window > 0 ? std::max<int64_t>(0, end - p.window) : 0), int(end)};
+  }
+  const int64_t first = scratch.visible[0].begin, last = scratch.visible[rows.count - 1].end;
+
+  load_queries(p, index, scratch);
+  clear_merged(scratch);
+  for (int64_t split = item.first_split; split < item.last_split; ++split) {
+    const int64_t begin = std::max(split * kSplitKeys, first), end = std::min((split + 1) * kSplitKeys, last);
+    if (begin >= end && item.partial < 0) continue;
+    run_split(p, cache, scratch, begin, end, last);
+    if (item.partial >= 0) {
+      write_partial(p, index, scratch, item.partial + (split - item.first_split) * item.num_queries);
+      continue;
+    }
+    for (int m = 0; m < rows.count; ++m)
+      merge_row(scratch, m, rows.acc + m * rows.dim_v, rows.dim_v, rows.largest[m], rows.sum[m]);
+  }
+  if (item.partial < 0) finish(p, index, scratch);
+}
+
+template <class T>
+void run(const Params& p) {
+  const Item* items = (const Item*)p.items;
+  const Merge* merges = (const Merge*)p.merges;
+  const int64_t num_items = p.num_items * p.num_kv_heads, num_merges = p.num_merges * p.num_kv_heads;
+#pragma omp parallel num_threads(p.num_threads) if (p.num_threads > 1 && num_items > 1)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_items; ++i) run_item<T>(p, items[i / p.num_kv_heads], i % p.num_kv_heads);
+    if (num_merges > 0) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < num_merges; ++i) run_merge(p, merges[i / p.num_kv_heads], i % p.num_kv_heads);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvasir::attention
+
+KVASIR_EXPORT void kvasir_paged_attention(const kvasir::attention::Params* params) {
+  using namespace kvasir;
+  switch (params->cache_dtype) {
+    case kFloat32: return attention::run<float>(*params);
+    case kFloat16: return attention::run<Half>(*params);
+    case kBFloat16: return attention::run<BFloat16>(*params);
+  }
+}

@@ -1,0 +1,286 @@
+"""Paged attention: every implementation against the definition, and the exactness that the C++ one promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import backend, native, paged_attention, plan_attention, testing
+from kernels.paged_attention import cpp_impl, reference
+
+IMPLEMENTATIONS = testing.implementations("paged_attention")
+FLOAT_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+needs_cpp = pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="needs the native library")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call's tensors; every cache slot and table entry that no row may read is poisoned."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    cu_seqlens_q: Tensor
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[2] ** -0.5
+
+    def run(self, **options) -> Tensor | tuple[Tensor, Tensor]:
+        return paged_attention(*vars(self).values(), scale=self.scale, **options)
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def only(self, row: int, first: int, last: int) -> Batch:
+        """Queries first to last - 1 of one row, as a batch of its own; `seq_lens` ends with the last of them."""
+        start, stop = self.cu_seqlens_q[row : row + 2].tolist()
+        return replace(
+            self,
+            q=self.q[start + first : start + last],
+            block_table=self.block_table[row : row + 1],
+            seq_lens=self.seq_lens[row : row + 1] - (stop - start - last),
+            cu_seqlens_q=torch.tensor([0, last - first], dtype=torch.int32),
+        )
+
+
+def make_batch(
+    rows: list[tuple[int, int]],
+    *,
+    heads: tuple[int, int] = (4, 2),
+    dims: tuple[int, int] = (16, 16),
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
+    per_head: bool = False,
+    seed: int = 0,
+) -> Batch:
+    """rows: (new tokens, seq_len) each. per_head: a table for each kv head, those after the first half as long."""
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    cache_dtype = cache_dtype or dtype
+    num_queries = [count for count, _ in rows]
+    cu_seqlens_q = torch.tensor([0, *num_queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    lengths = torch.tensor([[length] * num_kv_heads for _, length in rows], dtype=torch.int32).view(-1, num_kv_heads)
+    if per_head:
+        lengths[:, 1:] = torch.maximum(lengths[:, 1:] // 2, torch.tensor(num_queries, dtype=torch.int32)[:, None])
+    max_blocks = max([-(-length // block_size) for _, length in rows], default=0) + 2
+    num_blocks = sum(-(-int(n) // block_size) for n in lengths.flatten()) + 1
+    pool = torch.randperm(num_blocks, generator=generator).tolist()
+    cache_heads = 1 if per_head else num_kv_heads
+    # One layer of a pool with two: the view's blocks lie apart.
+    caches = [testing.nan_filled(num_blocks, 2, cache_heads, block_size, dim, dtype=cache_dtype)[:, 1] for dim in dims]
+    table = torch.full((len(rows), num_kv_heads if per_head else 1, max_blocks), 1 << 20, dtype=torch.int32)
+    for row in range(len(rows)):
+        for head in range(table.shape[1]):
+            for index in range(0, int(lengths[row, head]), block_size):
+                block = table[row, head, index // block_size] = pool.pop()
+                used = min(block_size, int(lengths[row, head]) - index)
+                for cache in caches:
+                    shape = cache_heads, used, cache.shape[3]
+                    cache[block, :, :used] = torch.randn(shape, generator=generator).to(cache_dtype)
+    total = sum(num_queries)
+    wide = torch.randn(total, 2, num_heads, dims[0], generator=generator).to(dtype)
+    return Batch(
+        q=wide[:, 1],  # strided, as a slice of a fused projection is
+        k_cache=caches[0],
+        v_cache=caches[1],
+        block_table=table if per_head else table[:, 0],
+        seq_lens=lengths if per_head else lengths[:, 0],
+        cu_seqlens_q=cu_seqlens_q,
+    )
+
+
+MIXED = [(1, 37), (7, 7), (0, 20), (5, 61), (1, 1), (33, 70), (0, 0)]
+
+# name -> arguments of make_batch, options of paged_attention
+CASES = {
+    "mixed": ({"rows": MIXED}, {}),
+    "empty batch": ({"rows": []}, {}),
+    "no queries": ({"rows": [(0, 5), (0, 0)]}, {}),
+    "mha": ({"rows": MIXED, "heads": (3, 3)}, {}),
+    "mqa": ({"rows": MIXED, "heads": (7, 1)}, {}),
+    "odd dims": ({"rows": MIXED, "dims": (20, 20)}, {}),
+    "dv above d": ({"rows": MIXED, "dims": (24, 40)}, {}),
+    "dv below d": ({"rows": MIXED, "dims": (48, 17)}, {}),
+    "wide heads": ({"rows": [(1, 37), (5, 61)], "dims": (136, 128)}, {}),
+    "block of 1": ({"rows": [(1, 9), (3, 5)], "block_size": 1}, {}),
+    "block of 64": ({"rows": [(1, 37), (5, 130)], "block_size": 64}, {}),
+    "window": ({"rows": MIXED}, {"window": 9}),
+    "window of 1": ({"rows": MIXED}, {"window": 1}),
+    "soft cap": ({"rows": MIXED}, {"soft_cap": 2.0}),
+    "everything": ({"rows": MIXED, "heads": (6, 2), "dims": (24, 16)}, {"window": 20, "soft_cap": 3.0, "sinks": True}),
+    "sinks": ({"rows": MIXED}, {"sinks": True}),
+    "per head": ({"rows": [(1, 37), (7, 40), (2, 2)], "per_head": True}, {"window": 30}),
+    "long": ({"rows": [(1, 1100), (3, 515)], "heads": (2, 1)}, {"sinks": True}),
+    "sees nothing": ({"rows": [(3, 1), (2, 0)]}, {"sinks": True}),
+}
+
+
+def options_of(batch: Batch, options: dict) -> dict:
+    sinks = torch.linspace(-1, 2, batch.q.shape[1], device=batch.q.device) if options.get("sinks") else None
+    return {**options, "sinks": sinks}
+
+
+def outputs_of(batch: Batch, name: str, options: dict) -> tuple[Tensor, Tensor]:
+    """out and lse of one implementation, written into an output of NaN."""
+    batch = batch.to(testing.device_of(name))
+    out = testing.nan_filled(*batch.q.shape[:2], batch.v_cache.shape[3], dtype=batch.q.dtype, device=batch.q.device)
+    with backend.using(name):
+        result, lse = batch.run(out=out, return_lse=True, **options_of(batch, options))
+    assert result is out
+    return out.cpu(), lse.cpu()
+
+
+def assert_agrees(batch: Batch, name: str, options: dict, factor: float = 1.0) -> None:
+    expected, expected_lse = outputs_of(batch, "reference", options)
+    out, lse = outputs_of(batch, name, options)
+    testing.assert_close(out, expected, factor=factor)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_agrees_with_the_definition(name, case):
+    arguments, options = CASES[case]
+    assert_agrees(make_batch(**arguments), name, options)
+
+
+@pytest.mark.parametrize("cache_dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("same_dtype", [True, False], ids=["q as cache", "q float32"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_takes_16_bit_caches(name, cache_dtype, same_dtype):
+    if not testing.runs_dtype(name, cache_dtype):
+        pytest.skip("the interpreter computes bfloat16 wrongly")
+    dtype = cache_dtype if same_dtype else torch.float32
+    for dims in [(32, 32), (24, 20)]:
+        batch = make_batch([(1, 37), (5, 21), (1, 300)], dtype=dtype, cache_dtype=cache_dtype, dims=dims)
+        assert_agrees(batch, name, {"sinks": True})
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_row_does_not_depend_on_its_batch(name):
+    batch = make_batch(MIXED)
+    with backend.using(name):
+        together = batch.to(testing.device_of(name)).run().cpu()
+        for row, (count, _) in enumerate(MIXED):
+            alone = batch.only(row, 0, count).to(testing.device_of(name)).run().cpu()
+            start = int(batch.cu_seqlens_q[row])
+            assert torch.equal(alone, together[start : start + count])
+
+
+@needs_cpp
+@pytest.mark.parametrize("options", [{}, {"window": 100, "soft_cap": 5.0, "sinks": True}], ids=["plain", "options"])
+@pytest.mark.parametrize("dims", [(32, 32), (24, 40)])
+@pytest.mark.parametrize("cache_dtype", FLOAT_DTYPES)
+def test_decode_equals_prefill_bit_for_bit(cache_dtype, dims, options):
+    batch = make_batch([(330, 700)], heads=(6, 2), dims=dims, cache_dtype=cache_dtype)
+    options = options_of(batch, options)
+    with backend.using("cpp"):
+        whole, whole_lse = batch.run(return_lse=True, **options)
+        for chunk in (1, 7, 16, 63):
+            for first in range(0, 330, 5 * chunk):
+                last = min(330, first + chunk)
+                out, lse = batch.only(0, first, last).run(return_lse=True, **options)
+                assert torch.equal(out, whole[first:last])
+                assert torch.equal(lse, whole_lse[first:last])
+
+
+@needs_cpp
+def test_the_number_of_threads_changes_no_bit(monkeypatch):
+    batch = make_batch([(1, 1500), (40, 900), (1, 30)], heads=(4, 2))
+    results = []
+    with backend.using("cpp"):
+        for num_threads in (1, 2, 5):
+            monkeypatch.setattr(native, "num_threads", lambda n=num_threads: n)
+            results.append(batch.run(return_lse=True, sinks=torch.zeros(4)))
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+
+
+@needs_cpp
+def test_plan_divides_a_long_row_and_only_with_several_threads(monkeypatch):
+    lengths = [1500, 40]
+    monkeypatch.setattr(native, "num_threads", lambda: 4)
+    with backend.using("cpp"):
+        divided = plan_attention([0, 1, 2], lengths, num_kv_heads=2).work
+    splits = -(-1500 // cpp_impl.SPLIT_KEYS)
+    assert divided.merges.tolist() == [[0, 0, 1, splits, 0]]
+    assert sorted(item[3] for item in divided.items.tolist() if item[0] == 0) == list(range(splits))
+    assert [item[3:] for item in divided.items.tolist() if item[0] == 1] == [[0, 1, -1]]
+    monkeypatch.setattr(native, "num_threads", lambda: 1)
+    with backend.using("cpp"):
+        assert plan_attention([0, 1, 2], lengths, num_kv_heads=2).work.num_partials == 0
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_one_plan_serves_layers_with_and_without_window(name):
+    batch = make_batch([(1, 300), (4, 60)]).to(testing.device_of(name))
+    with backend.using(name):
+        plan = plan_attention([0, 1, 5], [300, 60], num_kv_heads=2, device=batch.q.device)
+        for window in (0, 17):
+            assert torch.equal(batch.run(plan=plan, window=window), batch.run(window=window))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_nan_in_a_key_reaches_the_output_of_its_own_row_only(name):
+    batch = make_batch([(1, 20), (1, 20)])
+    batch.k_cache[batch.block_table[0, 0], 0, 3, 0] = torch.nan
+    with backend.using(name):
+        out = batch.to(testing.device_of(name)).run().cpu()
+    assert out[0, :2].isnan().all()
+    assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_large_scores_do_not_overflow(name):
+    batch = make_batch([(1, 37), (5, 61)])
+    # Scores of some thousands carry an absolute rounding error of some 1e-4 into the exponent.
+    assert_agrees(replace(batch, q=batch.q * 1000), name, {}, factor=200)
+
+
+def test_definition_is_softmax_attention():
+    batch = make_batch([(5, 5)], heads=(1, 1))
+    keys, values = (cache[int(batch.block_table[0, 0]), :, :5] for cache in (batch.k_cache, batch.v_cache))
+    queries = batch.q.transpose(0, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    with backend.using("reference"):
+        torch.testing.assert_close(batch.run(), expected.transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(8, 5, 16)}, "does not fit 2 kv heads"),
+        ({"q": torch.zeros(8, 4, 16, dtype=torch.float16)}, "q must be float32 or of the cache's type"),
+        ({"q": torch.zeros(9, 4, 16)}, "q has 9 tokens, the plan 8"),
+        ({"v_cache": torch.zeros(1, 2, 16, 16)}, "differ in layout"),
+        ({"seq_lens": torch.zeros(2, 3, dtype=torch.int32)}, "does not fit 2 kv heads"),
+        ({"seq_lens": torch.zeros(3, dtype=torch.int32)}, "need one more than the 3"),
+        ({"block_table": torch.zeros(2, 3, 4, dtype=torch.int32)}, "block_table has 3 heads, the cache 2"),
+        ({"block_table": torch.zeros(2, 4)}, "must be int32"),
+    ],
+)
+def test_disagreeing_inputs_are_refused_by_name(change, message):
+    batch = make_batch([(1, 20), (7, 20)])
+    with pytest.raises(ValueError, match=message):
+        replace(batch, **change).run()
+
+
+def test_a_plan_of_another_implementation_is_refused():
+    batch = make_batch([(1, 20)])
+    with backend.using("reference"):
+        plan = plan_attention([0, 1], [20], num_kv_heads=2)
+    with backend.using("torch"), pytest.raises(ValueError, match="made for the reference implementation, torch runs"):
+        batch.run(plan=plan)
+
+
+def test_reference_covers_every_implementation_option():
+    assert reference.paged_attention.__annotations__.keys() == cpp_impl.paged_attention.__annotations__.keys()
