@@ -1,0 +1,1 @@
+"""The engine: text in and out (client), integers (scheduling), tensors (execution, models)."""

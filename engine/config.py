@@ -1,0 +1,182 @@
+"""All settings, as frozen dataclasses: TOML file, then KVASIR_* variables, then flags, the later one wins.
+
+Each field is an option: its name (with dashes) is the flag, `KVASIR_` plus its upper-case name the variable, and its
+section the TOML table. Names carry the unit. Nothing edits a config after `load`; what "auto" means is decided in one
+place, `engine.launch`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    secret: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A dataclass field that the command line, the environment and TOML files can set; low <= value <= high."""
+    metadata = {"help": help, "choices": choices, "secret": secret, "low": low, "high": high}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights, in which precision."""
+
+    model: str = option("mimir", "a folder with safetensors and config.json, or 'mimir' or 'mimir-draft' (bundled)")
+    served_model_name: tuple[str, ...] = option((), "name or names that clients use; default: the folder's name")
+    tokenizer: str | None = option(None, "folder of the tokenizer; default: the model's")
+    dtype: str = option(
+        "auto",
+        "compute and weight precision; auto keeps 16-bit checkpoints at 16 bits with fp32 accumulation on CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
+    max_model_len: int | None = option(None, "tokens of prompt plus output; default: what the model declares", low=2)
+    chat_template: str | None = option(None, "file with a Jinja chat template; default: the tokenizer's")
+    generation_config: str = option(
+        "auto", "auto: take sampling defaults from the model's generation_config.json", choices=("auto", "none")
+    )
+    load_adapter: str = option(
+        "auto",
+        "native: our decoder; transformers: run the model through the transformers adapter",
+        choices=("auto", "native", "transformers"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The KV cache pool."""
+
+    block_size: int = option(16, "tokens per cache block (a power of two)", low=1, high=1024)
+    num_blocks: int | None = option(None, "blocks in the pool; default: as many as kv-cache-memory-mib holds", low=2)
+    kv_cache_memory_mib: int | None = option(None, "memory for the pool; default: a share of what is free", low=1)
+    kv_cache_memory_fraction: float = option(
+        0.4, "share of free memory to take when no size is given", low=0.01, high=0.95
+    )
+    kv_cache_dtype: str = option(
+        "auto", "precision of cached keys and values", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    enable_prefix_cache: bool = option(True, "reuse the blocks of equal prompt beginnings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Who runs in a step, and how many may wait."""
+
+    max_num_seqs: int = option(64, "requests in one step", low=1, high=4096)
+    max_num_batched_tokens: int = option(512, "tokens in one step; long prompts run in chunks of at most this", low=1)
+    max_waiting_requests: int = option(256, "requests that may wait; beyond it clients get 429", low=1)
+    max_waiting_pools: float = option(
+        4.0, "prompt tokens that may wait, as a multiple of the pool; beyond it 429", low=0.01
+    )
+    max_queue_wait_s: float = option(60.0, "longest wait for the first step; beyond it 503", low=0.001)
+    max_request_s: float = option(600.0, "longest life of a request; beyond it 504 or an error event", low=0.001)
+    protect_after_preemptions: int = option(3, "a request preempted this often is not preempted again", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How the engine process runs."""
+
+    threads: int | None = option(None, "CPU threads for kernels; default: all cores", low=1)
+    deterministic: bool = option(False, "kernels whose result for a row does not depend on the other rows; slower")
+    kernel_backend: str = option(
+        "auto", "implementation of the kernels", choices=("auto", "cpp", "torch", "triton", "reference")
+    )
+    seed: int = option(0, "seed of randomly initialised weights and of warm-up")
+    load_format: str = option(
+        "safetensors", "safetensors, or dummy for random weights", choices=("safetensors", "dummy")
+    )
+    heartbeat_s: float = option(0.2, "how often the engine reports that it lives", low=0.01)
+    hang_timeout_s: float = option(30.0, "no progress for so long with work pending: the engine is restarted", low=0.1)
+    faults: str = option("", "inject faults for tests (point:when:count, comma separated); loopback only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The HTTP front end."""
+
+    host: str = option("127.0.0.1", "address to bind; another than loopback needs api keys or allow-unauthenticated")
+    port: int = option(8000, "port to bind", low=0, high=65535)
+    api_keys: tuple[str, ...] = option((), "accepted keys (at least 32 characters each)", secret=True)
+    api_key_file: str | None = option(None, "file with one accepted key per line")
+    admin_api_keys: tuple[str, ...] = option((), "keys for the admin routes, which do not exist without", secret=True)
+    allow_unauthenticated: bool = option(False, "serve without keys on a public address")
+    metrics_port: int | None = option(
+        None, "serve /metrics on a loopback port of its own instead of the API port", low=0, high=65535
+    )
+    metrics_compat: str = option("", "also expose another server's metric names", choices=("", "vllm"))
+    root_path: str = option("", "path prefix that a proxy strips")
+    cors_origins: tuple[str, ...] = option((), "origins that browsers may call from")
+    enable_docs: bool = option(False, "serve /docs and /openapi.json")
+    keep_alive_s: int = option(75, "idle seconds before a connection is closed", low=1)
+    drain_timeout_s: float = option(30.0, "seconds that running requests get after SIGTERM", low=0)
+    sse_ping_s: float = option(15.0, "send an SSE comment after so many silent seconds", low=0.1)
+    strict_max_tokens: bool = option(False, "400 instead of clamping when prompt plus max_tokens exceed the context")
+    default_max_tokens: int = option(4096, "output tokens of a chat request that names none", low=1)
+    log_level: str = option("info", "log level", choices=("debug", "info", "warning", "error"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds on what a client may send. Each is tested at its edge over HTTP."""
+
+    max_body_bytes: int = option(8 * 1024 * 1024, "request body", low=0)
+    max_json_depth: int = option(64, "nesting of a JSON body", low=0)
+    max_json_items: int = option(200_000, "objects, arrays and keys of a JSON body", low=0)
+    max_header_bytes: int = option(32 * 1024, "request head", low=256)
+    max_header_fields: int = option(64, "header fields", low=0)
+    max_url_bytes: int = option(4096, "path and query", low=16)
+    max_messages: int = option(2048, "messages of a chat request", low=0)
+    max_content_parts: int = option(256, "parts of one message", low=0)
+    max_tools: int = option(128, "tools of a chat request", low=0)
+    max_metadata: int = option(16, "entries of metadata", low=0)
+    max_prompts: int = option(32, "prompts of a completion request", low=0)
+    max_choices: int = option(16, "n and best_of", low=0)
+    max_total_choices: int = option(64, "prompts times n", low=0)
+    max_completion_logprobs: int = option(20, "logprobs of a completion request", low=0)
+    max_top_logprobs: int = option(20, "top_logprobs of a chat request, prompt_logprobs of either", low=0)
+    max_stop_strings: int = option(4, "stop strings", low=0)
+    max_stop_chars: int = option(256, "characters of a stop string", low=0)
+    max_stop_token_ids: int = option(128, "stop_token_ids", low=0)
+    max_logit_bias: int = option(1024, "entries of logit_bias and of allowed_token_ids", low=0)
+    max_bad_words: int = option(256, "bad_words", low=0)
+    max_label_chars: int = option(128, "characters of a request id, cache_salt or user", low=0)
+    max_prompt_bytes_per_token: int = option(
+        16, "text longer than this times max_model_len is not tokenized at all", low=0
+    )
+    max_template_kwargs: int = option(32, "chat_template_kwargs entries", low=0)
+    tokenize_timeout_s: float = option(5.0, "tokenizing one prompt", low=0)
+    template_timeout_s: float = option(1.0, "rendering one chat template", low=0)
+    max_in_flight_per_key: int = option(64, "requests of one API key", low=0)
+    max_unsent_bytes: int = option(256 * 1024, "output waiting for a slow reader", low=0)
+    read_stall_s: float = option(30.0, "a reader that takes nothing for so long is dropped", low=0)
+    header_timeout_s: float = option(10.0, "arrival of the request head", low=0)
+    body_timeout_s: float = option(30.0, "arrival of the request body", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole configuration, one section per concern."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    limits: Limits = field(default_factory=Limits)
+
+
+def sections(config_type: type[Config] = Config) -> dict[str, type]:
+    """Section name -> dataclass, in the order of the help text."""
+    return {f.name: f.default_factory for f in dataclasses.fields(config_type)}  # type: ignore[misc]

@@ -1,0 +1,46 @@
+"""Keys of the counter-based noise: every random draw is a pure function of (seed, choice, output index, purpose).
+
+Torch-free, so that the scheduler, drafters and the sampler derive the same key. The draw itself, which adds the token
+id to the key, is `kernels.sampling`. Mixing: the finaliser and increment of SplitMix64 (Steele et al. 2014).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio, odd
+MIX_1 = 0xBF58476D1CE4E5B9
+MIX_2 = 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+
+
+class Purpose(IntEnum):
+    """What a draw is for. Draws of different purposes are independent."""
+
+    TOKEN = 0  # choosing the token at an output index, by the target model or by a drafter that mimics it
+
+
+def stream_key(seed: int, choice: int, purpose: int = Purpose.TOKEN) -> int:
+    """The part of a row key that stays the same for all tokens of one choice: unsigned 64 bits."""
+    key = _mix(seed & _MASK)
+    key = _mix((key + GOLDEN * (choice + 1)) & _MASK)
+    return _mix((key + GOLDEN * (purpose + 1)) & _MASK)
+
+
+def row_key(seed: int, choice: int, output_index: int, purpose: int = Purpose.TOKEN) -> int:
+    """Key of one row of noise, as a signed 64-bit integer (what an int64 tensor holds).
+
+    seed          any integer; equal modulo 2^64 means equal noise
+    output_index  index of the token to choose, from 0 at the first output
+
+    Within one choice, different output indices always have different keys.
+    """
+    key = _mix((stream_key(seed, choice, purpose) + GOLDEN * (output_index + 1)) & _MASK)
+    return key - (1 << 64) if key >> 63 else key
+
+
+def _mix(x: int) -> int:
+    """A bijection on 64 bits in which each input bit changes each output bit about half the time."""
+    x = ((x ^ (x >> 30)) * MIX_1) & _MASK
+    x = ((x ^ (x >> 27)) * MIX_2) & _MASK
+    return x ^ (x >> 31)

@@ -1,0 +1,1 @@
+"""Control plane: who runs, how many tokens, which blocks. Integers only."""

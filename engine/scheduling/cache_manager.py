@@ -1,0 +1,190 @@
+"""Gives requests their cache blocks: admission, growth, sharing, forking, publication, release.
+
+The only writer of block tables. Knows requests and block ids; never priorities, rows or outputs.
+"""
+
+from __future__ import annotations
+
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.prefix_cache import HashChain, PrefixCache, PrefixStats
+from engine.scheduling.request import BlockTable, Request
+
+
+class CacheManager:
+    """Block tables over one pool, with or without a prefix cache.
+
+    A request is admitted when all tokens it comes with will find room, but takes blocks only as it computes. The
+    difference is *promised*: other admissions cannot have it. Growth by generated tokens is not promised; when it
+    meets an empty pool, the scheduler preempts.
+    """
+
+    def __init__(self, pool: BlockPool, block_size: int, prefix_cache: PrefixCache | None) -> None:
+        self.pool = pool
+        self.block_size = block_size
+        self.prefix_cache = prefix_cache
+        self.num_promised = 0  # blocks
+        self._promised: dict[Request, int] = {}  # of each running request, where not zero
+
+    def num_promised_to(self, request: Request) -> int:
+        return self._promised.get(request, 0)
+
+    def new_chain(self, tenant: str, cache_salt: str) -> HashChain | None:
+        return None if self.prefix_cache is None else self.prefix_cache.chain(tenant, cache_salt)
+
+    @property
+    def prefix_stats(self) -> PrefixStats:
+        return PrefixStats() if self.prefix_cache is None else self.prefix_cache.stats
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that a request can have in the cache when it is alone."""
+        return self.pool.capacity * self.block_size
+
+    def blocks_for(self, num_slots: int) -> int:
+        return -(-num_slots // self.block_size)
+
+    def fits_alone(self, num_slots: int) -> bool:
+        """Whether one request with so many slots could ever run."""
+        return self.blocks_for(num_slots) <= self.pool.capacity
+
+    def admit(self, request: Request, num_spare_blocks: int) -> bool:
+        """Gives a waiting request the cached blocks of its beginning, if there is room for all its other tokens.
+
+        num_spare_blocks   blocks that must stay available beyond that
+        Sets `num_computed_tokens` to what the cached blocks hold. A refusal changes nothing and, however long the
+        request is, costs O(log) once its tokens are hashed.
+        """
+        num_needed = self.blocks_for(request.num_tokens)
+        room = self.pool.num_available - self.num_promised - num_spare_blocks
+        hits: list[int] = []
+        if self.prefix_cache is None or request.chain is None or _wants_all_logits(request):
+            if num_needed > room:
+                return False
+        else:
+            # the last token is always computed: its logits choose the next one
+            max_hits = (request.num_tokens - 1) // self.block_size
+            request.chain.extend(request.token_ids)
+            _, num_held = self.prefix_cache.estimate(request.chain, max_hits)
+            if num_needed - num_held > room:
+                return False
+            hits = self.prefix_cache.match(request.chain, request.token_ids, max_hits)
+            if num_needed - sum(1 for block_id in hits if self.pool.is_held(block_id)) > room:
+                return False
+            self.prefix_cache.record_query(request.num_tokens, len(hits) * self.block_size)
+            self.pool.share(hits)
+        request.num_published_blocks = len(hits)
+        self._start(request, hits, len(hits) * self.block_size)
+        return True
+
+    def fork(self, request: Request, source: Request, num_spare_blocks: int) -> tuple[tuple[int, int], ...] | None:
+        """Starts a request on the prompt blocks of a running one of its family, all but the last token.
+
+        Full blocks are shared; a partly filled one must be copied before the step runs, because both go on writing
+        there. Returns those copies as (source block, destination block), or None, with nothing changed, without room.
+        """
+        num_computed = request.num_tokens - 1
+        num_shared, num_in_last = divmod(num_computed, self.block_size)
+        room = self.pool.num_available - self.num_promised - num_spare_blocks
+        if self.blocks_for(request.num_tokens) - num_shared > room:
+            return None
+        shared = source.tables[0].block_ids[:num_shared]
+        self.pool.share(shared)
+        own = self.pool.allocate(1) if num_in_last else []
+        request.chain = source.chain.fork(num_shared) if source.chain is not None else None
+        request.num_published_blocks = min(source.num_published_blocks, num_shared)
+        copies = tuple((source.tables[0].block_ids[num_shared], block_id) for block_id in own)
+        self._start(request, shared + own, num_computed)
+        return copies
+
+    def grow(self, request: Request, num_tokens: int) -> bool:
+        """Makes room for the next `num_tokens` tokens; False, with nothing changed, when blocks are lacking."""
+        table = request.tables[0]
+        num_new = self.blocks_for(table.num_slots + num_tokens) - len(table.block_ids)
+        if num_new <= 0:
+            return True
+        if num_new > self.pool.num_available:
+            return False
+        table.block_ids += self.pool.allocate(num_new)
+        self._take_promised(request, num_new)
+        return True
+
+    def take_new_blocks(self, request: Request) -> tuple[int, ...]:
+        """Blocks of the table that the runner does not know yet; from now on it does."""
+        table = request.tables[0]
+        if table.num_sent == len(table.block_ids):
+            return ()
+        new = tuple(table.block_ids[table.num_sent :])
+        table.num_sent = len(table.block_ids)
+        return new
+
+    def take_edits(self, request: Request) -> list[tuple[int, int]]:
+        """Entries (index, block id) that the runner knows differently; from now on it knows them."""
+        table = request.tables[0]
+        edits, table.edits = table.edits, []
+        return edits
+
+    def advance(self, request: Request, num_tokens: int) -> None:
+        """So many tokens have been computed."""
+        request.num_computed_tokens += num_tokens
+        for table in request.tables:
+            table.num_slots += num_tokens
+
+    def publish(self, request: Request) -> None:
+        """Offers the newly filled blocks to the prefix cache. To be called when their contents are known to be finite.
+
+        Where an equal block is already there (two requests computed the same beginning side by side), the request
+        changes over to it and gives its own back.
+        """
+        num_full = request.num_computed_tokens // self.block_size
+        if self.prefix_cache is None or request.chain is None or num_full == request.num_published_blocks:
+            return
+        table = request.tables[0]
+        request.chain.extend(request.token_ids)
+        for index in range(request.num_published_blocks, num_full):
+            own = table.block_ids[index]
+            parent = table.block_ids[index - 1] if index else None
+            block_id = self.prefix_cache.publish(request.chain, request.token_ids, index, own, parent)
+            if block_id is None:
+                request.chain = None
+                return
+            if block_id != own:
+                self._replace(table, index, block_id)
+            request.num_published_blocks = index + 1
+
+    def release(self, request: Request) -> None:
+        """Takes back everything. The request could start again from its tokens alone."""
+        for table in request.tables:
+            self.pool.free(table.block_ids)
+        request.tables = [BlockTable()]
+        request.num_computed_tokens = 0
+        request.num_published_blocks = 0
+        self._take_promised(request, self._promised.get(request, 0))
+
+    def _start(self, request: Request, block_ids: list[int], num_computed: int) -> None:
+        request.tables = [BlockTable(block_ids=block_ids, num_slots=num_computed)]
+        request.num_computed_tokens = num_computed
+        promised = self.blocks_for(request.num_tokens) - len(block_ids)
+        if promised:
+            self._promised[request] = promised
+            self.num_promised += promised
+
+    def _take_promised(self, request: Request, num_blocks: int) -> None:
+        promised = self._promised.get(request, 0)
+        taken = min(promised, num_blocks)
+        self.num_promised -= taken
+        if taken < promised:
+            self._promised[request] = promised - taken
+        elif promised:
+            del self._promised[request]
+
+    def _replace(self, table: BlockTable, index: int, block_id: int) -> None:
+        self.pool.share([block_id])
+        self.pool.free([table.block_ids[index]])
+        table.block_ids[index] = block_id
+        if index < table.num_sent:
+            table.edits.append((index, block_id))
+
+
+def _wants_all_logits(request: Request) -> bool:
+    """Log-probabilities of prompt tokens come from computing them, so cached blocks are of no use."""
+    return request.prompt_logprobs is not None

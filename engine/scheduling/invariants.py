@@ -1,0 +1,141 @@
+"""Checks the whole control plane against its promises. For tests after every step, and for an idle engine now and then.
+
+Takes time with everything that exists, so never part of a step. The letters are those of the README in this folder.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+from engine.scheduling.plan import StepPlan
+from engine.scheduling.request import Request, Status
+from engine.scheduling.scheduler import Scheduler
+
+
+class InvariantViolation(AssertionError):
+    """The control plane contradicts itself: a bug of ours."""
+
+
+def check_invariants(scheduler: Scheduler, plan: StepPlan | None = None) -> None:
+    """Raises InvariantViolation that lists everything wrong with the scheduler, and with the plan it just made."""
+    problems = violations(scheduler)
+    if plan is not None:
+        problems += plan_violations(scheduler, plan)
+    if problems:
+        raise InvariantViolation("; ".join(problems))
+
+
+def violations(scheduler: Scheduler) -> list[str]:
+    """What is wrong between two calls of the scheduler's methods: empty when all is well."""
+    cache = scheduler.cache
+    problems = cache.pool.violations() + scheduler.rows.violations()
+    if cache.prefix_cache is not None:
+        problems += cache.prefix_cache.violations()
+    running = scheduler.roster.running
+    holders = [*running, *scheduler.left_in_flight]
+    tables = Counter(block_id for request in holders for block_id in request.tables[0].block_ids)
+    for block_id in range(cache.pool.num_blocks):
+        num_references = cache.pool.num_references(block_id)
+        if num_references != tables[block_id]:
+            problems.append(f"block {block_id} has {num_references} references and is in {tables[block_id]} tables")
+    for request in running:
+        problems += _running_violations(scheduler, request)
+    problems += _population_violations(scheduler)
+    promised = sum(cache.num_promised_to(request) for request in holders)
+    if promised != cache.num_promised:
+        problems.append(f"{cache.num_promised} blocks are promised, {promised} to those that hold blocks")
+    return problems
+
+
+def plan_violations(scheduler: Scheduler, plan: StepPlan) -> list[str]:
+    """What is wrong with a plan that `schedule` just returned: budgets, and who writes where."""
+    cache, limits = scheduler.cache, scheduler.limits
+    problems = []
+    if plan.num_tokens > limits.max_num_batched_tokens:
+        problems.append(f"the plan has {plan.num_tokens} tokens, the budget is {limits.max_num_batched_tokens}")
+    if not plan.chunks and scheduler.roster.families:
+        problems.append("there is work and the plan is empty")
+    written: Counter[int] = Counter(destination for _, destination in plan.block_copies)
+    for chunk in plan.chunks:
+        request = scheduler.rows[chunk.row]
+        block_ids = request.tables[0].block_ids
+        first, last = chunk.start // cache.block_size, (chunk.start + chunk.num_tokens - 1) // cache.block_size
+        if chunk.num_tokens < 1 or last >= len(block_ids):
+            problems.append(
+                f"row {chunk.row} runs {chunk.num_tokens} tokens from {chunk.start} in {len(block_ids)} blocks"
+            )
+            continue
+        written.update(block_ids[first : last + 1])
+        problems += [
+            f"row {chunk.row} writes block {block_id}, which others may read"
+            for block_id in block_ids[first : last + 1]
+            if cache.pool.num_references(block_id) != 1 or cache.pool.is_published(block_id)
+        ]
+    rows = [chunk.row for chunk in plan.chunks]
+    if len(set(rows)) != len(rows) or len(rows) > limits.max_num_seqs:
+        problems.append(f"the rows {rows} are too many or not unique")
+    if not {new.row for new in plan.new_rows} <= set(rows):
+        problems.append("a new row has no chunk")
+    copied = {destination for _, destination in plan.block_copies}
+    problems += [
+        f"block {block_id} is written by {count} rows"
+        for block_id, count in written.items()
+        if count > 1 + (block_id in copied)
+    ]
+    return problems
+
+
+def _running_violations(scheduler: Scheduler, request: Request) -> list[str]:
+    """One running request: its counters, its table, its share in the prefix cache."""
+    cache, table, name = scheduler.cache, request.tables[0], f"{request.request_id}/{request.choice}"
+    problems = []
+    if request.status is not Status.RUNNING or request.row is None or scheduler.rows[request.row] is not request:
+        problems.append(f"{name} runs without a row: {request.status} {request.row}")
+    if not 0 <= request.num_computed_tokens < request.num_tokens:
+        problems.append(f"{name} has computed {request.num_computed_tokens} of {request.num_tokens} tokens")
+    if table.num_slots != request.num_computed_tokens:
+        problems.append(f"{name} is dense, with {table.num_slots} slots for {request.num_computed_tokens} tokens")
+    if len(table.block_ids) < cache.blocks_for(table.num_slots) or len(set(table.block_ids)) != len(table.block_ids):
+        problems.append(f"{name} has table {table.block_ids} for {table.num_slots} slots")
+    owner = request.family.request
+    if request.chain is not None:
+        namespace = request.chain.namespace
+        if (namespace.tenant, namespace.cache_salt) != (owner.tenant, owner.cache_salt):
+            problems.append(f"{name} shares blocks with other tenants or salts")
+    if request.num_output_tokens >= request.family.max_tokens:
+        problems.append(f"{name} has {request.num_output_tokens} outputs and goes on")
+    if request.num_published_blocks * cache.block_size > request.num_computed_tokens:
+        problems.append(f"{name} has published blocks that are not computed")
+    return problems
+
+
+def _population_violations(scheduler: Scheduler) -> list[str]:
+    """Everybody is in the place that their status says, and the order of the running is right."""
+    roster = scheduler.roster
+    requests, running = roster.requests(), roster.running
+    statuses = Counter(request.status for request in requests)
+    found = {
+        Status.RUNNING: len(running),
+        Status.WAITING: len(roster.queue),
+        Status.PARKED: roster.num_parked,
+        Status.FINISHED: 0,
+    }
+    problems = [
+        f"{statuses[status]} requests are {status.value}, {count} counted"
+        for status, count in found.items()
+        if statuses[status] != count
+    ]
+    if any(first.order >= second.order for first, second in pairwise(running)):
+        problems.append("the running requests are out of order")
+    problems += [
+        f"{request.request_id}/{request.choice} is {request.status.value} and holds blocks or a row"
+        for request in requests
+        if request.status is not Status.RUNNING and (request.tables[0].block_ids or request.row is not None)
+    ]
+    problems += [
+        f"{request.request_id}/{request.choice} is parked though the prompt is computed"
+        for request in requests
+        if request.status is Status.PARKED and any(other.has_emitted for other in request.family.choices.values())
+    ]
+    return problems

@@ -1,0 +1,85 @@
+"""The wall between scheduler and runner: what to compute, and what came out.
+
+The runner keeps one persistent row of state per running request (token ids, block table, sampling state).
+A plan therefore carries only what changed since the last step; nothing in it grows with the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.types import SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class NewRow:
+    """A request takes batch row `row`, for the first time or again after preemption."""
+
+    row: int  # 0 <= row < max_num_seqs
+    request_id: str
+    choice: int
+    token_ids: Sequence[int]  # prompt, then outputs generated before a preemption
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    block_ids: tuple[int, ...]  # already holding the first `num_computed` tokens
+    num_computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, start + num_tokens) of one row run through the model in this step."""
+
+    row: int
+    start: int
+    num_tokens: int
+    new_block_ids: tuple[int, ...]  # appended to the row's block table before the forward
+    is_sampling: bool  # the chunk ends at the row's last token: choose the next one
+    output_index: int  # index of the token to choose, counted from the first output
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Order of application: freed rows, new rows, table edits, block copies, then the chunks as one batch.
+
+    When the forward raises, parts of the plan are executed again (`engine.isolation`), so applying the same entry
+    twice must be harmless. New rows, edits and copies always belong to a row that has a chunk in the same plan.
+    """
+
+    chunks: tuple[Chunk, ...] = ()
+    new_rows: tuple[NewRow, ...] = ()
+    freed_rows: tuple[int, ...] = ()
+    # (row, index in its block table, block): from now on read this block there, it holds the same tokens. Follows when
+    # two requests computed the same block side by side: the second lets go of its own copy.
+    table_edits: tuple[tuple[int, int, int], ...] = ()
+    block_copies: tuple[tuple[int, int], ...] = ()  # (source block, destination block), whole blocks
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def kind(self) -> str:
+        """prefill, decode or mixed: a label for metrics; nothing is decided by it."""
+        decodes = sum(1 for chunk in self.chunks if chunk.is_sampling and chunk.num_tokens == 1)
+        if decodes == len(self.chunks):
+            return "decode"
+        return "mixed" if decodes else "prefill"
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What one chunk produced, in the order of `StepPlan.chunks`."""
+
+    token_ids: tuple[int, ...] = ()  # chosen tokens: none unless the chunk is sampling
+    logprobs: tuple[TokenLogprob, ...] | None = None  # one per chosen token, when asked for
+    # When asked for: of prompt positions start + 1 .. start + num_tokens (as far as the prompt goes), each from the
+    # logits of the position before it. The scheduler puts the None of position 0 in front.
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None  # "numerical_error": the row's logits are not finite
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    chunks: tuple[ChunkResult, ...] = ()
+    sampler_s: float = 0.0

@@ -1,0 +1,110 @@
+"""One token stream as the scheduler sees it: tokens, progress, cache blocks, status. Integers only.
+
+An `EngineRequest` becomes a `Family` of `num_choices` requests that share prompt, deadline and tenant.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from engine.scheduling.prefix_cache import HashChain
+from engine.types import EngineRequest, SamplingParams, TokenLogprob
+
+
+class Status(enum.Enum):
+    """Where a request is. Its only ways: PARKED -> WAITING <-> RUNNING, and from each of them to FINISHED."""
+
+    PARKED = "parked"  # waits until another choice of its family has computed the prompt
+    WAITING = "waiting"  # in the queue, holding nothing
+    RUNNING = "running"  # has a row and blocks
+    FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class BlockTable:
+    """Where one group of layers keeps a request's keys and values. A dense request has one group.
+
+    `num_slots` counts what is stored and rules attention length and block arithmetic. It is not the logical position:
+    a policy that drops tokens lowers it, and only it.
+    """
+
+    block_ids: list[int] = field(default_factory=list)
+    num_slots: int = 0
+    num_sent: int = 0  # leading entries that the runner knows
+    edits: list[tuple[int, int]] = field(default_factory=list)  # (index, block id) among those, replaced since
+
+
+@dataclass(slots=True, eq=False)
+class Family:
+    """The choices of one EngineRequest."""
+
+    request: EngineRequest
+    number: int  # arrival order
+    arrival_s: float
+    stop_ids: frozenset[int]  # token ids that end a choice
+    max_tokens: int  # the asked number, cut to what the context length leaves
+    choices: dict[int, Request] = field(default_factory=dict)  # those not finished, by choice
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One choice. `num_computed_tokens` chases `num_tokens`; there is no prefill or decode mode."""
+
+    family: Family
+    choice: int
+    token_ids: list[int]  # prompt, then outputs
+    num_prompt_tokens: int
+    chain: HashChain | None  # None: neither reads nor enters the prefix cache
+    status: Status = Status.PARKED
+    tables: list[BlockTable] = field(default_factory=lambda: [BlockTable()])  # by group; [0] is the dense one
+    num_computed_tokens: int = 0  # logical: tokens whose keys and values are in the cache
+    num_published_blocks: int = 0
+    row: int | None = None
+    waiting_since_s: float = 0.0
+    queued_s: float | None = None  # arrival to first scheduling
+    num_preemptions: int = 0
+    num_cached_tokens: int | None = None  # prompt tokens served by the prefix cache at the first scheduling
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # collected so far, None once sent or not asked for
+    has_emitted: bool = False
+
+    @property
+    def request_id(self) -> str:
+        return self.family.request.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.family.request.sampling
+
+    @property
+    def priority(self) -> int:
+        return self.family.request.priority
+
+    @property
+    def tenant(self) -> str:
+        return self.family.request.tenant
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Who goes first: priority, arrival, choice."""
+        return self.family.request.priority, self.family.number, self.choice
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def has_computed_prompt(self) -> bool:
+        return self.num_computed_tokens >= self.num_prompt_tokens

@@ -1,0 +1,381 @@
+"""Who runs in a step, how many tokens, in which blocks; and what becomes of the results. Integers only.
+
+Between `schedule` and `commit` a step is in flight: nothing that a running request has is given away then, not even
+when it is aborted. The README of this folder has the picture and the rules that are not obvious.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from engine.config import CacheConfig, SchedulerConfig
+from engine.errors import InvalidParameter
+from engine.scheduling.admission import check_queue, check_servable
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.cache_manager import CacheManager
+from engine.scheduling.deadlines import Deadlines
+from engine.scheduling.outputs import Ending, append_tokens, collect_prompt_logprobs, make_output
+from engine.scheduling.plan import Chunk, ChunkResult, NewRow, StepPlan, StepResult
+from engine.scheduling.preemption import choose_victim
+from engine.scheduling.prefix_cache import PrefixCache
+from engine.scheduling.request import Family, Request, Status
+from engine.scheduling.roster import Roster
+from engine.scheduling.rows import RowSlots
+from engine.types import EngineRequest, EngineStats, TokenOutput
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan under construction."""
+
+    budget: int  # tokens left
+    chunks: dict[Request, Chunk] = field(default_factory=dict)
+    new_rows: list[NewRow] = field(default_factory=list)
+    table_edits: list[tuple[int, int, int]] = field(default_factory=list)
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Counters:
+    """They only grow; see EngineStats."""
+
+    num_preemptions: int = 0
+    prompt_tokens_computed: int = 0
+    prompt_tokens_cached: int = 0
+    generation_tokens: int = 0
+    aborted_tokens: int = 0
+
+
+class Scheduler:
+    """Continuous batching: `num_computed_tokens` of every running request chases its `num_tokens`.
+
+    Every accepted choice gets exactly one final output, unless its client aborts it: then nothing follows.
+    The cost of a step grows with its rows and the blocks they newly touch, never with context or queue length.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache_config: CacheConfig,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        eos_token_ids: Collection[int] = (),
+        model_name: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        secret: bytes | None = None,
+    ) -> None:
+        """
+        num_blocks     size of the pool, null block included
+        max_model_len  tokens of prompt plus output
+        clock          seconds, monotonic; replaceable for tests
+        secret         root of the prefix cache's digests; random by default
+        """
+        pool = BlockPool(num_blocks)
+        prefix_cache = None
+        if cache_config.enable_prefix_cache:
+            prefix_cache = PrefixCache(pool, cache_config.block_size, model=model_name, secret=secret)
+        self.cache = CacheManager(pool, cache_config.block_size, prefix_cache)
+        self.rows = RowSlots(config.max_num_seqs)
+        self.roster = Roster()
+        self.limits = config
+        self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._clock = clock
+        self._num_arrived = 0
+        self._deadlines = Deadlines(config)
+        self._in_flight: StepPlan | None = None
+        self._left_in_flight: list[Request] = []
+        self._outputs: list[TokenOutput] = []
+        self._counters = _Counters()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.roster.families or self._outputs)
+
+    @property
+    def left_in_flight(self) -> tuple[Request, ...]:
+        """Over, but the step in flight uses what they hold."""
+        return tuple(self._left_in_flight)
+
+    def add(self, request: EngineRequest) -> None:
+        """Accepts a request. Raises QueueFull, PromptTooLong or InvalidParameter, and changes nothing then."""
+        if request.request_id in self.roster.families:
+            raise InvalidParameter(f"request id {request.request_id!r} is in use; choose another", param="request_id")
+        max_tokens = check_servable(request, self.cache, self._max_model_len)
+        now = self._clock()
+        check_queue(
+            self.limits,
+            num_waiting=self.roster.num_waiting,
+            num_free_rows=self.rows.num_free,
+            waiting_tokens=self.roster.queue.num_tokens,
+            new_tokens=len(request.prompt_token_ids),
+            num_cache_slots=self.cache.num_slots,
+            oldest_waiting_s=self._oldest_waiting_s(now),
+        )
+        sampling = request.sampling
+        eos_token_ids = frozenset() if sampling.ignore_eos else self._eos_token_ids
+        self._num_arrived += 1
+        family = Family(
+            request=request,
+            number=self._num_arrived,
+            arrival_s=now,
+            stop_ids=eos_token_ids.union(sampling.stop_token_ids),
+            max_tokens=max_tokens,
+        )
+        for choice in range(request.num_choices):
+            family.choices[choice] = Request(
+                family=family,
+                choice=choice,
+                token_ids=list(request.prompt_token_ids),
+                num_prompt_tokens=len(request.prompt_token_ids),
+                chain=self.cache.new_chain(request.tenant, request.cache_salt),
+                prompt_logprobs=[None] if choice == 0 and sampling.prompt_logprobs is not None else None,
+            )
+        self.roster.add(family, now)
+        self._deadlines.arrived(family)
+
+    def abort(self, request_id: str, choice: int | None = None) -> None:
+        """The client wants no more of a request, or of one of its choices: no output follows.
+
+        Unknown and finished ones are ignored. May be called while a step is in flight.
+        """
+        # an end by deadline may be decided and not yet sent
+        self._outputs = [o for o in self._outputs if o.request_id != request_id or choice not in (None, o.choice)]
+        family = self.roster.families.get(request_id)
+        if family is None:
+            return
+        for request in [r for r in family.choices.values() if choice in (None, r.choice)]:
+            if choice is None:  # one choice alone: the client found its stop string, no work is lost
+                self._counters.aborted_tokens += request.num_computed_tokens
+            self._leave(request)
+
+    def schedule(self) -> StepPlan:
+        """The next step: rows that decode, then prompts in chunks, then new requests, within the budgets.
+
+        Without chunks there is nothing to execute, but `commit` may have outputs.
+        """
+        assert self._in_flight is None, "the previous step has not been committed"
+        self._expire(self._clock())
+        draft = _Draft(budget=self.limits.max_num_batched_tokens)
+        num_preempted = self._schedule_running(draft)
+        if not num_preempted:
+            self._schedule_waiting(draft)
+        if draft.chunks:
+            self._in_flight = StepPlan(
+                chunks=tuple(draft.chunks.values()),
+                new_rows=tuple(draft.new_rows),
+                freed_rows=self.rows.take_unreported(),
+                table_edits=tuple(draft.table_edits),
+                block_copies=tuple(draft.block_copies),
+            )
+        else:
+            self._in_flight = StepPlan()
+        return self._in_flight
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
+        """Takes the results of the plan in flight. Returns what became known, ends by deadline included."""
+        assert plan is self._in_flight, "commit belongs to the plan that schedule returned last"
+        assert len(result.chunks) == len(plan.chunks), f"{len(result.chunks)} results for {len(plan.chunks)} chunks"
+        self._in_flight = None
+        for chunk, outcome in zip(plan.chunks, result.chunks, strict=True):
+            request = self.rows[chunk.row]
+            if request.status is Status.RUNNING:  # else it left while the step ran
+                self._commit_chunk(request, chunk, outcome)
+        for request in self._left_in_flight:
+            self._release(request)
+        self._left_in_flight = []
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges, without the step times, which the core knows."""
+        counts, counters = self.cache.pool.counts, self._counters
+        prefix = self.cache.prefix_stats
+        return EngineStats(
+            num_running=len(self.roster.running),
+            num_waiting=self.roster.num_waiting,
+            waiting_tokens=self.roster.queue.num_tokens,
+            oldest_waiting_s=self._oldest_waiting_s(self._clock()),
+            blocks_free=counts.free,
+            blocks_active=counts.active + counts.pinned,
+            blocks_cached=counts.cached,
+            num_preemptions=counters.num_preemptions,
+            prompt_tokens_computed=counters.prompt_tokens_computed,
+            prompt_tokens_cached=counters.prompt_tokens_cached,
+            generation_tokens=counters.generation_tokens,
+            prefix_queries=prefix.queries,
+            prefix_hits=prefix.hits,
+            prefix_queried_tokens=prefix.queried_tokens,
+            prefix_hit_tokens=prefix.hit_tokens,
+            prefix_evicted_blocks=sum(prefix.evicted_blocks.values()),
+            aborted_tokens=counters.aborted_tokens,
+        )
+
+    # ---- building a step
+
+    def _schedule_running(self, draft: _Draft) -> int:
+        """Returns how many requests had to give way."""
+        num_preempted = self._counters.num_preemptions
+        decodes: list[Request] = []
+        prefills: list[Request] = []
+        for request in self.roster.running:
+            (decodes if request.num_remaining_tokens == 1 else prefills).append(request)
+        for request in decodes + prefills:
+            if not draft.budget:
+                break
+            if request.status is Status.RUNNING:  # else it gave way to one before it
+                num_tokens = min(request.num_remaining_tokens, draft.budget)
+                if self._make_room(request, num_tokens, draft):
+                    self._add_chunk(request, num_tokens, draft)
+        return self._counters.num_preemptions - num_preempted
+
+    def _schedule_waiting(self, draft: _Draft) -> None:
+        """Admits from the head of the queue until something is lacking. Nobody overtakes a head that does not fit."""
+        now = self._clock()
+        while draft.budget and self.rows.num_free:
+            request = self.roster.queue.first()
+            if request is None or not self._admit(request, draft):
+                return
+            self._start(request, now, draft)
+            num_tokens = min(request.num_remaining_tokens, draft.budget)
+            has_grown = self.cache.grow(request, num_tokens)
+            assert has_grown, "admission has seen to the room"
+            self._add_chunk(request, num_tokens, draft)
+
+    def _admit(self, request: Request, draft: _Draft) -> bool:
+        """Gives the request its first blocks, from a sibling or the prefix cache, if all of it has room."""
+        # Every running request will want a block within block_size steps: leave some, so that an admission does not
+        # lead to a preemption at once. When nobody runs, the whole pool is there for this request.
+        num_spare = min(len(self.roster.running), self.cache.pool.capacity // 16)
+        source = _fork_source(request)
+        if source is not None:
+            copies = self.cache.fork(request, source, num_spare)
+            if copies is not None:
+                draft.block_copies += copies
+                request.num_cached_tokens = source.num_cached_tokens
+            return copies is not None
+        if not self.cache.admit(request, num_spare):
+            return False
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+            self._counters.prompt_tokens_cached += request.num_cached_tokens
+        return True
+
+    def _start(self, request: Request, now: float, draft: _Draft) -> None:
+        self.roster.start(request)
+        self._deadlines.started(request.family)
+        if request.queued_s is None:
+            request.queued_s = now - request.family.arrival_s
+        draft.new_rows.append(
+            NewRow(
+                row=self.rows.take(request),
+                request_id=request.request_id,
+                choice=request.choice,
+                token_ids=request.token_ids,
+                num_prompt_tokens=request.num_prompt_tokens,
+                sampling=request.sampling,
+                block_ids=self.cache.take_new_blocks(request),
+                num_computed=request.num_computed_tokens,
+            )
+        )
+
+    def _add_chunk(self, request: Request, num_tokens: int, draft: _Draft) -> None:
+        assert request.row is not None
+        for index, block_id in self.cache.take_edits(request):
+            draft.table_edits.append((request.row, index, block_id))
+        draft.budget -= num_tokens
+        draft.chunks[request] = Chunk(
+            row=request.row,
+            start=request.num_computed_tokens,
+            num_tokens=num_tokens,
+            new_block_ids=self.cache.take_new_blocks(request),
+            is_sampling=num_tokens == request.num_remaining_tokens,
+            output_index=request.num_output_tokens,
+        )
+
+    def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
+        """Blocks for the next tokens, if need be from others. False when the request itself had to give way."""
+        while not self.cache.grow(request, num_tokens):
+            victim = choose_victim(self.roster.running, request, self.limits.protect_after_preemptions)
+            self._preempt(victim, draft)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request, draft: _Draft) -> None:
+        """Back to the queue with the tokens it has; their keys and values will be computed again."""
+        chunk = draft.chunks.pop(request, None)
+        if chunk is not None:
+            draft.budget += chunk.num_tokens
+            draft.table_edits = [edit for edit in draft.table_edits if edit[0] != chunk.row]
+        self._counters.num_preemptions += 1
+        request.num_preemptions += 1
+        self.roster.requeue(request, self._clock())
+        self._release(request)
+
+    # ---- results
+
+    def _commit_chunk(self, request: Request, chunk: Chunk, outcome: ChunkResult) -> None:
+        self.cache.advance(request, chunk.num_tokens)
+        if chunk.start < request.num_prompt_tokens:
+            num_prompt_tokens = min(chunk.num_tokens, request.num_prompt_tokens - chunk.start)
+            self._counters.prompt_tokens_computed += num_prompt_tokens
+        if outcome.error is not None:
+            self._finish(request, Ending("error", error=outcome.error))
+            return
+        assert bool(outcome.token_ids) == chunk.is_sampling, "tokens come from chunks that sample, and only from those"
+        collect_prompt_logprobs(request, chunk, outcome)
+        if not outcome.token_ids:
+            return
+        # the logits are finite, and they depend on all keys and values so far: those are finite too
+        self.cache.publish(request)
+        num_new_tokens, ending = append_tokens(request, outcome.token_ids)
+        self._counters.generation_tokens += num_new_tokens
+        if not request.has_emitted:
+            self.roster.unpark_all(request.family, self._clock())
+        self._outputs.append(make_output(request, num_new_tokens, outcome.logprobs, ending))
+        if ending is not None:
+            self._leave(request)
+
+    def _finish(self, request: Request, ending: Ending) -> None:
+        """Ends a request that has no new tokens."""
+        self._outputs.append(make_output(request, 0, None, ending))
+        self._leave(request)
+
+    def _expire(self, now: float) -> None:
+        while (expired := self._deadlines.next_expired(now)) is not None:
+            family, code = expired
+            for request in list(family.choices.values()):
+                self._finish(request, Ending("error", error=code))
+
+    def _leave(self, request: Request) -> None:
+        """The request is over. What it holds goes back now, or when the step in flight is committed."""
+        was = self.roster.leave(request, self._clock())
+        if not request.family.choices:
+            self._deadlines.ended(request.family)
+        if was is Status.RUNNING:
+            if self._in_flight is None:
+                self._release(request)
+            else:
+                self._left_in_flight.append(request)
+
+    def _release(self, request: Request) -> None:
+        self.cache.release(request)
+        self.rows.release(request)
+
+    def _oldest_waiting_s(self, now: float) -> float:
+        since_s = self.roster.queue.oldest_since_s()
+        return 0.0 if since_s is None else now - since_s
+
+
+def _fork_source(request: Request) -> Request | None:
+    """A running choice of the same family that has computed the prompt, for one that has nothing of its own yet."""
+    if request.num_output_tokens or request.prompt_logprobs is not None:
+        return None
+    for other in request.family.choices.values():
+        if other.status is Status.RUNNING and other.has_computed_prompt:
+            return other
+    return None
