@@ -1,0 +1,210 @@
+"""The native decoder: one config-driven model for the Llama-shaped families and their mixture-of-experts kin.
+
+Embedding -> layers -> final norm; logits only for the rows asked for. Knows tensors and block tables, no requests.
+Shape letters: T tokens, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import kernels
+from engine.models.batch import ForwardBatch, KVCache, KVSpec
+from engine.models.config import DecoderConfig
+from engine.models.generation_config import GenerationDefaults
+from engine.models.layers import Attention, DecoderLayer, FeedForward, GatedMlp, Linear
+from engine.models.moe import MixtureOfExperts
+from engine.models.rope import RopeTable, build_rope_table
+from engine.models.weights import WeightSource, num_parameters
+from kernels.linear import PackedLinear, pack_linear
+
+Embed = Callable[[Tensor], Tensor]  # token ids [T] int64 -> [T, C]
+
+
+class Decoder:
+    """Implements engine.models.batch.Model. Build it with `build_decoder`."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        embed: Embed,
+        layers: list[DecoderLayer],
+        first_norm: Tensor | None,
+        head: PackedLinear,
+        ropes: list[RopeTable],
+        linears: Counter[str],
+        weight_bytes: int,
+        weight_dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        generation: GenerationDefaults,
+    ) -> None:
+        self.config = config
+        self.spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, config.head_dim)
+        self.architecture = config.architecture
+        self.vocab_size = config.vocab_size
+        self.logits_size = head.out_features
+        self.max_model_len = max_model_len
+        self.eos_token_ids = generation.eos_token_ids
+        self.generation_defaults = generation.sampling
+        self.weight_bytes = weight_bytes
+        self.device = device
+        self.dtype = torch.float32 if device.type == "cpu" else weight_dtype
+        self.dtype_name = str(weight_dtype).removeprefix("torch.")
+        self._embed = embed
+        self._layers = layers
+        self._first_norm = first_norm
+        self._head = head
+        self._ropes = ropes
+        self._linears = linears
+
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """Hidden states [T, C] after the final norm; writes keys and values of the batch's tokens into `cache`."""
+        residual = self._embed(batch.token_ids)
+        if self.config.embedding_multiplier != 1.0:
+            residual.mul_(self.config.embedding_multiplier)
+        x = residual
+        if self._first_norm is not None:
+            x = kernels.rms_norm(residual, self._first_norm, self.config.norm_eps)
+        for layer in self._layers:
+            x = layer(x, residual, batch, cache)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, C] -> [n, V] fp32, scaled and soft-capped as the family does."""
+        logits = self._head(hidden).float()
+        if self.config.logits_divisor != 1.0:
+            logits.div_(self.config.logits_divisor)
+        if cap := self.config.logits_soft_cap:
+            logits.div_(cap).tanh_().mul_(cap)
+        return logits
+
+    def description(self) -> dict[str, str]:
+        """What was loaded, for the start-up report."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self._linears.items()))
+        return {
+            "architecture": self.architecture,
+            "layers": str(self.config.num_layers),
+            "parameters": f"{num_parameters(self.config) / 1e6:.1f} M",
+            "weights": f"{self.weight_bytes / 2**20:.0f} MiB, {self.dtype_name}",
+            "linears": kinds,
+            "rope": "; ".join(dict.fromkeys(rope.choice for rope in self._ropes)),
+        }
+
+
+def build_decoder(
+    config: DecoderConfig, weights: WeightSource, *, linear_mode: str, device: torch.device, max_model_len: int,
+    generation: GenerationDefaults,
+) -> Decoder:  # fmt: skip
+    """Takes every weight from `weights` once, packs it and lets the source go.
+
+    linear_mode: of kernels.linear.pack_linear. max_model_len: positions that the RoPE tables cover.
+    """
+    return _Builder(config, weights, linear_mode, device, max_model_len).build(generation)
+
+
+class _Builder:
+    def __init__(
+        self, config: DecoderConfig, weights: WeightSource, linear_mode: str, device: torch.device, max_model_len: int
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.linear_mode = linear_mode
+        self.device = device
+        self.max_model_len = max_model_len
+        self.ropes = [build_rope_table(rope, max_model_len, device) for rope in config.ropes]
+        self.linears: Counter[str] = Counter()
+        self.weight_bytes = sum(rope.cos_sin.nbytes for rope in self.ropes)
+
+    def build(self, generation: GenerationDefaults) -> Decoder:
+        config = self.config
+        embed, tied_head = self._embedding()
+        parts = [self._layer_parts(layer) for layer in range(config.num_layers)]
+        first_norms = [norms.get("attention_norm") for _, _, norms in parts]
+        next_norms = [*first_norms[1:], self._norm("final_norm")]
+        return Decoder(
+            config,
+            embed=embed,
+            layers=[
+                DecoderLayer(config, attention=attention, feed_forward=feed_forward, norms=norms, next_norm=next_norm)
+                for (attention, feed_forward, norms), next_norm in zip(parts, next_norms, strict=True)
+            ],
+            first_norm=first_norms[0],
+            head=tied_head or self._linear("head"),
+            ropes=self.ropes,
+            linears=self.linears,
+            weight_bytes=self.weight_bytes,
+            weight_dtype=self.weights.dtype,
+            device=self.device,
+            max_model_len=self.max_model_len,
+            generation=generation,
+        )
+
+    def _embedding(self) -> tuple[Embed, PackedLinear | None]:
+        """The look-up, and the head when both are one matrix: where it gives back rows, no table is kept beside it."""
+        table = self.weights.take("embedding").to(self.device)
+        head = self._pack(table, None) if self.config.tied_embeddings else None
+        if head is not None and head.holds_rows:
+            return head.rows, head
+        self.weight_bytes += table.nbytes
+        return functools.partial(kernels.embedding, table=table), head
+
+    def _layer_parts(self, layer: int) -> tuple[Attention, FeedForward, dict[str, Tensor]]:
+        at = f"layers.{layer}"
+        names = ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm")
+        norms = {name: self._norm(f"{at}.{name}") for name in names if self.weights.has(f"{at}.{name}")}
+        is_moe = self.config.layers[layer].is_moe
+        return self._attention(layer), self._moe(at) if is_moe else self._mlp(at), norms
+
+    def _attention(self, layer: int) -> Attention:
+        at, rope = f"layers.{layer}", self.config.layers[layer].rope
+        qkv = self._linear(f"{at}.qkv")
+        norms = None
+        if self.config.qk_norm != "none":
+            norms = self._norm(f"{at}.q_norm"), self._norm(f"{at}.k_norm")
+        return Attention(
+            self.config,
+            layer,
+            qkv=qkv,
+            o=self._linear(f"{at}.o"),
+            norms=norms,
+            cos_sin=None if rope is None else self.ropes[rope].cos_sin,
+        )
+
+    def _mlp(self, at: str) -> GatedMlp:
+        return GatedMlp(self.config.activation, gate_up=self._linear(f"{at}.gate_up"), down=self._linear(f"{at}.down"))
+
+    def _moe(self, at: str) -> MixtureOfExperts:
+        assert self.config.moe is not None
+        shared: FeedForward | None = None
+        shared_gate: Linear | None = None
+        router = self._linear(f"{at}.router")
+        experts = [self._mlp(f"{at}.experts.{expert}") for expert in range(self.config.moe.num_experts)]
+        if self.config.moe.shared_intermediate_size:
+            shared = self._mlp(f"{at}.shared")
+            shared_gate = self._linear(f"{at}.shared.gate")
+        return MixtureOfExperts(self.config.moe, router=router, experts=experts, shared=shared, shared_gate=shared_gate)
+
+    def _norm(self, name: str) -> Tensor:
+        weight = self._vector(name) + self.config.norm_offset
+        self.weight_bytes += weight.nbytes
+        return weight
+
+    def _vector(self, name: str) -> Tensor:
+        return self.weights.take(name).to(self.device, torch.float32)
+
+    def _linear(self, name: str) -> PackedLinear:
+        bias = self._vector(f"{name}_bias") if self.weights.has(f"{name}_bias") else None
+        return self._pack(self.weights.take(name), bias)
+
+    def _pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        linear = pack_linear(weight.to(self.device), bias, mode=self.linear_mode)
+        self.linears[linear.kind] += 1
+        self.weight_bytes += linear.nbytes
+        return linear
