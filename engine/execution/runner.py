@@ -1,0 +1,109 @@
+"""Executes plans: applies row changes, runs the model on one ragged batch, chooses tokens.
+
+Knows rows, slots and tensors; never a request, a priority or a text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import kernels
+from engine.execution.batch import build_batch
+from engine.execution.logprobs import prompt_logprobs
+from engine.execution.rows import RowTable
+from engine.execution.sampler import Sampler
+from engine.models.batch import KVCache, Model
+from engine.scheduling.plan import Chunk, ChunkResult, StepPlan, StepResult
+from engine.types import SamplingParams, TokenLogprob
+
+# Rows of logits held at once for prompt logprobs: bounds the memory that one long prompt can ask for.
+PROMPT_LOGITS_ROWS = 64
+
+
+class ModelRunner:
+    """One model, its KV pool and the state of the rows that run on it."""
+
+    def __init__(self, model: Model, cache: KVCache, sampler: Sampler, rows: RowTable, device: torch.device) -> None:
+        self.model = model
+        self.cache = cache
+        self._sampler = sampler
+        self._rows = rows
+        self._device = device
+        self._params: dict[int, SamplingParams] = {}
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Runs one step. May be called again with a part of the chunks after it raised: nothing is applied twice."""
+        self._apply(plan)
+        if not plan.chunks:
+            return StepResult()
+        batch = build_batch(plan.chunks, self._rows, self.cache.k.shape[2], self._device)
+        hidden = self.model.forward(batch, self.cache)  # [T, H]
+        return self._choose(plan.chunks, hidden)
+
+    def _apply(self, plan: StepPlan) -> None:
+        for row in plan.freed_rows:
+            if self._params.pop(row, None) is not None:
+                self._sampler.remove_row(row)
+        for new in plan.new_rows:
+            if new.row in self._params:
+                self._sampler.remove_row(new.row)
+            self._rows.add(new)
+            self._params[new.row] = new.sampling
+            self._sampler.add_row(new.row, new.sampling, new.choice, new.token_ids, new.num_prompt_tokens)
+        for row, index, block_id in plan.table_edits:
+            self._rows.edit_block(row, index, block_id)
+        if plan.block_copies:
+            kernels.copy_blocks(self.cache.k, self.cache.v, torch.tensor(plan.block_copies, dtype=torch.int64))
+        for chunk in plan.chunks:
+            self._rows.append_blocks(chunk.row, chunk.new_block_ids)
+
+    def _choose(self, chunks: Sequence[Chunk], hidden: Tensor) -> StepResult:
+        ends = []
+        end = 0
+        for chunk in chunks:
+            end += chunk.num_tokens
+            ends.append(end)
+        prompt = {
+            i: self._prompt_logprobs(chunk, hidden[ends[i] - chunk.num_tokens : ends[i]])
+            for i, chunk in enumerate(chunks)
+            if self._params[chunk.row].prompt_logprobs is not None
+        }
+        sampling = [i for i, chunk in enumerate(chunks) if chunk.is_sampling]
+        results = [ChunkResult(prompt_logprobs=prompt.get(i)) for i in range(len(chunks))]
+        if not sampling:
+            return StepResult(chunks=tuple(results))
+        last = torch.tensor([ends[i] - 1 for i in sampling], dtype=torch.int64, device=self._device)
+        logits = self.model.logits(kernels.gather_rows(hidden, last))  # [n, V]
+        started = time.perf_counter()
+        rows = [chunks[i].row for i in sampling]
+        output_indices = [chunks[i].output_index for i in sampling]
+        chosen = self._sampler.sample(logits, rows, output_indices)
+        for k, i in enumerate(sampling):
+            error = chosen.errors[k]
+            if error is None:
+                self._rows.set_token(rows[k], output_indices[k], chosen.token_ids[k])
+            logprobs = chosen.logprobs[k] if chosen.logprobs is not None else None
+            results[i] = ChunkResult(
+                token_ids=(chosen.token_ids[k],) if error is None else (),
+                logprobs=(logprobs,) if logprobs is not None else None,
+                prompt_logprobs=prompt.get(i),
+                error=error,
+            )
+        return StepResult(chunks=tuple(results), sampler_s=time.perf_counter() - started)
+
+    def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> tuple[TokenLogprob, ...]:
+        """Log-probabilities of prompt positions start + 1 .. start + num_tokens, as far as the prompt goes."""
+        end = min(chunk.start + chunk.num_tokens + 1, self._rows.num_prompt_tokens(chunk.row))
+        next_ids = torch.from_numpy(self._rows.tokens(chunk.row, chunk.start + 1, end)).to(torch.int64)
+        top_n = self._params[chunk.row].prompt_logprobs or 0
+        entries: list[TokenLogprob] = []
+        for i in range(0, len(next_ids), PROMPT_LOGITS_ROWS):
+            part = next_ids[i : i + PROMPT_LOGITS_ROWS]
+            logits = self.model.logits(hidden[i : i + len(part)])
+            entries.extend(prompt_logprobs(logits, part.to(logits.device), top_n))
+        return tuple(entries)
