@@ -1,0 +1,355 @@
+"""Every metric of the server, registered once, with closed label sets. Knows no HTTP framework and no tensors.
+
+`Metrics` has three parts, by who writes them: `http` (middleware), `requests` (the life of a generation request) and
+`engine` (one `update` per report of the core, never per token). Every label value exists from the start at 0.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.registry import Collector
+
+from engine.metrics_compat import VllmNames
+from engine.types import EngineStats, ModelInfo
+from engine.version import __version__
+
+# Bucket borders are part of the contract: changing them breaks recording rules.
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
+TTFT_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
+    *(1, 2.5, 5, 10, 20, 40, 80, 160, 640),
+)
+ITL_BUCKETS = (
+    *(0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10),
+)
+STEP_BUCKETS = tuple(0.0001 * 2**i for i in range(17))
+TOKEN_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+STEP_TOKEN_BUCKETS = (1, *(8 * 2**i for i in range(12)))
+
+FINISH_REASONS = ("stop", "length", "tool_calls", "abort", "error", "timeout")
+REJECTIONS = (
+    *("auth", "rate_limit", "body_too_large", "queue_full", "draining", "loading", "validation"),
+    *("context_length", "model_not_found", "other"),
+)
+STATES = ("starting", "loading", "warming", "ready", "draining", "dead")
+STEP_KINDS = ("prefill", "decode", "mixed")
+STATUSES = ("200", "400", "401", "404", "405", "408", "413", "415", "429", "431", "499", "500", "503", "504")
+DISCONNECT_PHASES = ("prefill", "decode")
+PRIORITIES = ("high", "normal", "low")
+OTHER = "other"
+
+Family = TypeVar("Family", Counter, Gauge, Histogram)
+
+
+class Metrics:
+    """All metrics of one server. `model` is the served name, `compat` whose names to expose in addition."""
+
+    def __init__(self, model: str, *, compat: str = "") -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self.http = HttpMetrics(self.registry)
+        factory = _Factory(self.registry, model)
+        self.requests = RequestMetrics(factory)
+        self.engine = EngineMetrics(factory)
+        if compat == "vllm":
+            self.registry.register(VllmNames(factory.families, self.engine))
+
+
+class _Factory:
+    """Makes metrics that carry the served model's name, and remembers the families for `VllmNames`."""
+
+    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+        self._registry = registry
+        self._model = model
+        self.families: dict[str, Collector] = {}
+
+    def counter(self, name: str, text: str) -> Counter:
+        return self._keep(name, Counter(name, text, ["model"], registry=self._registry)).labels(self._model)
+
+    def counters(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Counter]:
+        family = self._keep(name, Counter(name, text, ["model", label], registry=self._registry))
+        return {value: family.labels(self._model, value) for value in values}
+
+    def gauge(self, name: str, text: str) -> Gauge:
+        return self._keep(name, Gauge(name, text, ["model"], registry=self._registry)).labels(self._model)
+
+    def gauges(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Gauge]:
+        family = self._keep(name, Gauge(name, text, ["model", label], registry=self._registry))
+        return {value: family.labels(self._model, value) for value in values}
+
+    def histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        family = Histogram(name, text, ["model"], buckets=buckets, registry=self._registry)
+        return self._keep(name, family).labels(self._model)
+
+    def histograms(
+        self, name: str, text: str, buckets: Sequence[float], label: str, values: Iterable[str]
+    ) -> dict[str, Histogram]:
+        family = self._keep(name, Histogram(name, text, ["model", label], buckets=buckets, registry=self._registry))
+        return {value: family.labels(self._model, value) for value in values}
+
+    def info(self, name: str, text: str, labels: Mapping[str, str]) -> None:
+        """A gauge that is always 1 and says something in its labels."""
+        family = Gauge(name, text, ["model", *labels], registry=self._registry)
+        self._keep(name, family).labels(self._model, *labels.values()).set(1)
+
+    def _keep(self, name: str, family: Family) -> Family:
+        self.families[name] = family
+        return family
+
+
+class HttpMetrics:
+    """What the middleware sees. Methods and routes outside the known ones count as "other"."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._known: set[tuple[str, str]] = set()
+        self._requests = Counter(
+            "kvasir_http_requests", "Answered HTTP requests", ["route", "method", "status"], registry=registry
+        )
+        self._durations = Histogram(
+            "kvasir_http_request_duration_seconds",
+            "From request head to the end of the answer",
+            ["route"],
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
+        )
+        self._in_flight = Gauge("kvasir_http_in_flight", "HTTP requests being answered", ["route"], registry=registry)
+        rejections = Counter("kvasir_http_rejections", "Requests refused, by reason", ["reason"], registry=registry)
+        self._rejections = {reason: rejections.labels(reason) for reason in REJECTIONS}
+        disconnects = Counter(
+            "kvasir_client_disconnects",
+            "Clients that left before the end; prefill means before the first token",
+            ["phase"],
+            registry=registry,
+        )
+        self.disconnects = {phase: disconnects.labels(phase) for phase in DISCONNECT_PHASES}
+        self.unknown_fields = Counter(
+            "kvasir_unknown_request_fields", "Request fields that were ignored", registry=registry
+        )
+        self.buffer_overflows = Counter(
+            "kvasir_sse_buffer_overflow", "Streams ended because the reader was too slow", registry=registry
+        )
+        self.loop_lag = Histogram(
+            "kvasir_event_loop_lag_seconds",
+            "Delay of a timer on the front end's event loop",
+            buckets=STEP_BUCKETS,
+            registry=registry,
+        )
+        self.declare([(OTHER, OTHER)])
+
+    def declare(self, routes: Iterable[tuple[str, str]]) -> None:
+        """(route template, method) pairs that exist; their series start at 0."""
+        for route, method in routes:
+            self._known.add((route, method))
+            for status in STATUSES:
+                self._requests.labels(route, method, status)
+            self._durations.labels(route)
+            self._in_flight.labels(route)
+
+    def began(self, route: str) -> None:
+        self._in_flight.labels(route).inc()
+
+    def ended(self, route: str, method: str, status: int, seconds: float) -> None:
+        self._in_flight.labels(route).dec()
+        self._durations.labels(route).observe(seconds)
+        label = method if (route, method) in self._known else OTHER
+        self._requests.labels(route, label, str(status)).inc()
+
+    def rejected(self, reason: str) -> None:
+        self._rejections[reason if reason in self._rejections else OTHER].inc()
+
+
+class RequestMetrics:
+    """The life of generation requests as the front end sees it: one request is one prompt with all its choices."""
+
+    def __init__(self, make: _Factory) -> None:
+        self.finished = make.counters(
+            "kvasir_requests", "Finished requests, by the reason of the end", "finish_reason", FINISH_REASONS
+        )
+        self.queue_seconds = make.histograms(
+            "kvasir_request_queue_seconds",
+            "From arrival in the engine to the first step",
+            LATENCY_BUCKETS,
+            "priority_class",
+            PRIORITIES,
+        )
+        self.prefill_seconds = make.histogram(
+            "kvasir_request_prefill_seconds", "From the first step to the first token", LATENCY_BUCKETS
+        )
+        self.decode_seconds = make.histogram(
+            "kvasir_request_decode_seconds", "From the first token to the last", LATENCY_BUCKETS
+        )
+        self.e2e_seconds = make.histogram("kvasir_request_e2e_seconds", "From arrival to the end", LATENCY_BUCKETS)
+        self.ttft_seconds = make.histogram(
+            "kvasir_time_to_first_token_seconds", "From arrival to the first token", TTFT_BUCKETS
+        )
+        self.itl_seconds = make.histogram(
+            "kvasir_inter_token_latency_seconds",
+            "Gap before each token but a choice's first; k tokens at once are k gaps of one k-th",
+            ITL_BUCKETS,
+        )
+        self.tpot_seconds = make.histogram(
+            "kvasir_time_per_output_token_seconds", "Mean gap between the tokens of a request", ITL_BUCKETS
+        )
+        self.prompt_tokens = make.histogram("kvasir_request_prompt_tokens", "Prompt tokens of a request", TOKEN_BUCKETS)
+        self.output_tokens = make.histogram("kvasir_request_output_tokens", "Output tokens of a request", TOKEN_BUCKETS)
+        self.cached_tokens = make.histogram(
+            "kvasir_request_cached_tokens", "Prompt tokens of a request that the prefix cache served", TOKEN_BUCKETS
+        )
+        self.preemptions = make.histogram(
+            "kvasir_request_preemptions", "How often a request was preempted", (0, 1, 2, 3, 5, 10)
+        )
+        self.deadline_misses = make.counters(
+            "kvasir_deadline_misses", "Requests that ran past their time limit", "kind", ("e2e",)
+        )
+
+
+class EngineMetrics:
+    """Gauges and counters of the core, from its reports."""
+
+    def __init__(self, make: _Factory) -> None:
+        self._make = make
+        self._seen: dict[str, float] = {}
+        self._reported_at: float | None = None
+        self.info: ModelInfo | None = None
+        _build_info(make)
+        make.gauge("kvasir_start_time_seconds", "When the front end started, in Unix time").set_to_current_time()
+        self.ready = make.gauge("kvasir_ready", "1 while requests are accepted")
+        self.state = make.gauges("kvasir_state", "1 for the state the server is in", "state", STATES)
+        self.startup_seconds = make.gauges(
+            "kvasir_startup_phase_seconds", "Duration of each phase of the last start", "phase", STATES[:3]
+        )
+        self.restarts = make.counter("kvasir_engine_restarts", "Starts of the engine process after the first")
+        self.heartbeat_age = make.gauge("kvasir_engine_heartbeat_age_seconds", "Age of the engine's last report")
+        self._define_queue(make)
+        self._define_steps(make)
+        self._define_tokens(make)
+        self._define_cache(make)
+
+    def _define_queue(self, make: _Factory) -> None:
+        self.running = make.gauge("kvasir_requests_running", "Token streams in the running batch")
+        self.waiting = make.gauge("kvasir_requests_waiting", "Token streams that wait for a place in the batch")
+        self.queue_tokens = make.gauge("kvasir_queue_tokens", "Prompt tokens that wait")
+        self.queue_age = make.gauge("kvasir_queue_oldest_age_seconds", "How long the oldest waiting request waits")
+
+    def _define_steps(self, make: _Factory) -> None:
+        self.steps = make.counters("kvasir_engine_steps", "Steps of the engine", "kind", STEP_KINDS)
+        self.step_seconds = make.histograms(
+            "kvasir_engine_step_seconds", "Duration of a step", STEP_BUCKETS, "kind", STEP_KINDS
+        )
+        self.step_tokens = make.histogram("kvasir_engine_step_tokens", "Tokens computed in a step", STEP_TOKEN_BUCKETS)
+        self.step_requests = make.histogram(
+            "kvasir_engine_step_requests", "Token streams in a step", STEP_TOKEN_BUCKETS
+        )
+        self.scheduler_seconds = make.histogram("kvasir_scheduler_seconds", "Scheduling work of a step", STEP_BUCKETS)
+        self.sampler_seconds = make.histogram("kvasir_sampler_seconds", "Sampling work of a step", STEP_BUCKETS)
+        self.preemptions = make.counters(
+            "kvasir_preemptions", "Running requests put back into the queue", "mode", ("recompute",)
+        )
+
+    def _define_tokens(self, make: _Factory) -> None:
+        self.prompt_tokens = make.counters(
+            "kvasir_prompt_tokens", "Prompt tokens, by where they came from", "source", ("computed", "cache_device")
+        )
+        self.generation_tokens = make.counter("kvasir_generation_tokens", "Tokens generated")
+        self.aborted_tokens = make.counter("kvasir_aborted_tokens", "Tokens computed for requests that were aborted")
+
+    def _define_cache(self, make: _Factory) -> None:
+        self.usage_ratio = make.gauge("kvasir_kv_cache_usage_ratio", "Share of the cache blocks held by requests")
+        self.blocks = make.gauges("kvasir_kv_blocks", "Cache blocks", "state", ("free", "active", "cached"))
+        self.block_size = make.gauge("kvasir_kv_block_size_tokens", "Tokens per cache block")
+        self.cache_bytes = make.gauges(
+            "kvasir_kv_cache_bytes", "Bytes of the cache pool", "state", ("free", "active", "cached")
+        )
+        self.device_bytes = make.gauges(
+            "kvasir_device_memory_bytes", "Memory taken on the device", "kind", ("weights", "kv")
+        )
+        self.prefix_queries = make.counter("kvasir_prefix_cache_queries", "Requests looked up in the prefix cache")
+        self.prefix_hits = make.counter("kvasir_prefix_cache_hits", "Requests with at least one cached block")
+        self.prefix_queried_tokens = make.counter("kvasir_prefix_cache_queried_tokens", "Prompt tokens looked up")
+        self.prefix_hit_tokens = make.counters(
+            "kvasir_prefix_cache_hit_tokens", "Prompt tokens found", "tier", ("device",)
+        )
+        self.prefix_evicted = make.counters(
+            "kvasir_prefix_cache_evicted_blocks", "Blocks evicted from the prefix cache", "reason", ("capacity",)
+        )
+
+    def describe_model(self, info: ModelInfo, config_labels: Mapping[str, str]) -> None:
+        """Once, when the engine is ready for the first time."""
+        if self.info is None:
+            self._make.info("kvasir_engine_config_info", "Settings of the engine", config_labels)
+        self.info = info
+        self.block_size.set(info.block_size)
+        self.device_bytes["weights"].set(info.weight_bytes)
+        self.device_bytes["kv"].set(info.kv_cache_bytes)
+
+    def update(self, stats: EngineStats) -> None:
+        """Takes over one report of the core. The lists in it hold what happened since the report before."""
+        self._reported_at = time.monotonic()
+        self.running.set(stats.num_running)
+        self.waiting.set(stats.num_waiting)
+        self.queue_tokens.set(stats.waiting_tokens)
+        self.queue_age.set(stats.oldest_waiting_s)
+        self._update_blocks(stats)
+        for kind, count in stats.num_steps.items():
+            self._advance(self.steps[kind], f"steps.{kind}", count)
+        for kind, seconds, tokens, requests in stats.step_seconds:
+            self.step_seconds[kind].observe(seconds)
+            self.step_tokens.observe(tokens)
+            self.step_requests.observe(requests)
+        for seconds in stats.scheduler_seconds:
+            self.scheduler_seconds.observe(seconds)
+        for seconds in stats.sampler_seconds:
+            self.sampler_seconds.observe(seconds)
+        for counter, name in (
+            (self.preemptions["recompute"], "num_preemptions"),
+            (self.prompt_tokens["computed"], "prompt_tokens_computed"),
+            (self.prompt_tokens["cache_device"], "prompt_tokens_cached"),
+            (self.generation_tokens, "generation_tokens"),
+            (self.aborted_tokens, "aborted_tokens"),
+            (self.prefix_queries, "prefix_queries"),
+            (self.prefix_hits, "prefix_hits"),
+            (self.prefix_queried_tokens, "prefix_queried_tokens"),
+            (self.prefix_hit_tokens["device"], "prefix_hit_tokens"),
+            (self.prefix_evicted["capacity"], "prefix_evicted_blocks"),
+        ):
+            self._advance(counter, name, getattr(stats, name))
+
+    def set_state(self, phase: str, *, is_ready: bool) -> None:
+        self.ready.set(is_ready)
+        for name, gauge in self.state.items():
+            gauge.set(name == phase)
+        if self._reported_at is not None:
+            self.heartbeat_age.set(time.monotonic() - self._reported_at)
+
+    def _update_blocks(self, stats: EngineStats) -> None:
+        counts = {"free": stats.blocks_free, "active": stats.blocks_active, "cached": stats.blocks_cached}
+        total = sum(counts.values())
+        self.usage_ratio.set(stats.blocks_active / total if total else 0.0)
+        block_bytes = self.info.kv_cache_bytes / max(self.info.num_blocks, 1) if self.info else 0
+        for state, count in counts.items():
+            self.blocks[state].set(count)
+            self.cache_bytes[state].set(count * block_bytes)
+
+    def _advance(self, counter: Counter, key: str, value: float) -> None:
+        """A restarted engine counts from 0 again: then its whole value is new."""
+        before = self._seen.get(key, 0.0)
+        counter.inc(value - before if value >= before else value)
+        self._seen[key] = value
+
+
+def _build_info(make: _Factory) -> None:
+    try:
+        torch_version = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        torch_version = "none"
+    labels = {"version": __version__, "python": platform.python_version(), "torch": torch_version}
+    make.info("kvasir_build_info", "Versions of what is running", labels)

@@ -1,0 +1,140 @@
+"""Renders chat templates in child processes that are killed when they run too long.
+
+A small pool, so that one slow render does not hold up everybody else; children start when first needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterable, Mapping
+
+from engine import children, ipc
+from engine.errors import ConfigError, InvalidParameter, RequestError, TemplateError
+from engine.text.rendered import RenderedText
+from engine.text.template_worker import Failed, Render, Rendered, Setup
+from engine.types import ChatPrompt
+
+READ_BYTES = 1 << 18
+START_TIMEOUT_S = 30.0
+ERRORS: dict[str, type[RequestError]] = {"TemplateError": TemplateError, "InvalidParameter": InvalidParameter}
+
+
+class TemplateProcess:
+    """A pool of at most `num_workers` children for one template."""
+
+    def __init__(
+        self,
+        source: str,
+        named_tokens: Mapping[str, str],
+        control_tokens: Iterable[str],
+        *,
+        timeout_s: float,
+        max_chars: int,
+        num_workers: int = 2,
+    ) -> None:
+        """timeout_s bounds one render, max_chars its output."""
+        self._setup = Setup(source, dict(named_tokens), list(control_tokens))
+        self._timeout_s = timeout_s
+        self._max_chars = max_chars
+        self._free = asyncio.Semaphore(num_workers)
+        self._idle: list[_Worker] = []
+        self._running: set[asyncio.Task[RenderedText]] = set()
+
+    async def start(self) -> None:
+        """Starts the first child and compiles the template. Raises ConfigError when the template is invalid."""
+        self._idle.append(await _Worker.start(self._setup))
+
+    async def render(self, prompt: ChatPrompt) -> RenderedText:
+        """The prompt's text. Raises TemplateError or InvalidParameter."""
+        try:
+            frame = ipc.encode(Render(prompt, self._max_chars))
+        except ipc.ENCODE_ERRORS:
+            message = "the messages hold lone surrogates, integers beyond 64 bits or too deep nesting"
+            raise InvalidParameter(message, param="messages") from None
+        # A caller that goes away must not leave a half-read answer behind: the exchange finishes on its own.
+        task = asyncio.create_task(self._exchange(frame))
+        self._running.add(task)
+        task.add_done_callback(self._finished)
+        return await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Ends the children; renders in progress fail."""
+        for task in list(self._running):
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        while self._idle:
+            await self._idle.pop().kill()
+
+    def _finished(self, task: asyncio.Task[RenderedText]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, even when the caller has left
+
+    async def _exchange(self, frame: bytes) -> RenderedText:
+        async with self._free:
+            worker = self._idle.pop() if self._idle else await _Worker.start(self._setup)
+            try:
+                answer = await asyncio.wait_for(worker.ask(frame), self._timeout_s)
+            except TimeoutError:
+                await worker.kill()
+                message = f"the chat template did not finish within {self._timeout_s:g} s"
+                raise TemplateError(message, param="messages") from None
+            except (OSError, asyncio.IncompleteReadError, ipc.ProtocolError):
+                await worker.kill()
+                message = "rendering the chat template needed too much memory or ended its process"
+                raise TemplateError(message, param="messages") from None
+            except BaseException:
+                await worker.kill()
+                raise
+            self._idle.append(worker)
+        if isinstance(answer, Failed):
+            raise ERRORS[answer.kind](answer.message, param=answer.param)
+        return answer.rendered
+
+
+class _Worker:
+    """One child and its pipes."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._answers: ipc.Decoder[Rendered | Failed] = ipc.Decoder(Rendered | Failed)
+
+    @classmethod
+    async def start(cls, setup: Setup) -> _Worker:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "engine.text.template_worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=children.environment(),
+            start_new_session=True,  # an interrupt from the terminal is for the server, which then ends its children
+        )
+        worker = cls(process)
+        try:
+            answer = await asyncio.wait_for(worker.ask(ipc.encode(setup)), START_TIMEOUT_S)
+        except BaseException:
+            await worker.kill()
+            raise
+        if isinstance(answer, Failed):
+            await worker.kill()
+            raise ConfigError(answer.message)
+        return worker
+
+    async def ask(self, frame: bytes) -> Rendered | Failed:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(frame)
+        await self._process.stdin.drain()
+        while True:
+            data = await self._process.stdout.read(READ_BYTES)
+            if not data:
+                raise asyncio.IncompleteReadError(b"", None)
+            for answer in self._answers.feed(data):
+                return answer
+
+    async def kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+        await self._process.wait()
