@@ -1,0 +1,129 @@
+"""`create_app`: routes, error handlers, the lifespan, and the layers around them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from engine.config import Config
+from engine.errors import KvasirError
+from engine.metrics import Metrics
+from engine.version import __version__
+from server import chat, completions, health, models, tokenize
+from server.auth import AuthGuard, load_keys, route_path
+from server.context import ServerContext
+from server.engine_api import Engine
+from server.errors import ApiError, ClientDisconnected, to_api_error
+from server.middleware import CLIENT_CLOSED_REQUEST, Observe, RouteLabels
+from server.monitor import monitor
+
+
+def make_context(engine: Engine, config: Config) -> ServerContext:
+    """What all routes share. Raises ConfigError for API keys that cannot be used."""
+    metrics = Metrics(engine.model_names[0], compat=config.server.metrics_compat)
+    return ServerContext(engine, config, metrics, load_keys(config.server))
+
+
+def create_app(engine: Engine, config: Config, context: ServerContext | None = None) -> ASGIApp:
+    """The whole ASGI application. From outside in: observation, CORS when configured, the guard, the routes."""
+    context = context or make_context(engine, config)
+    api = FastAPI(
+        title="Kvasir",
+        version=__version__,
+        lifespan=_lifespan(context),
+        docs_url="/docs" if config.server.enable_docs else None,
+        openapi_url="/openapi.json" if config.server.enable_docs else None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    routers = [module.routes(context) for module in (chat, completions, models, tokenize, health)]
+    if config.server.metrics_port is None:
+        routers.append(health.metrics_routes(context))
+    for router in routers:
+        api.include_router(router)
+    templates = _declare_routes(routers, context.metrics)
+    _handle_errors(api, context, templates)
+    app: ASGIApp = AuthGuard(api, context.keyring, context.metrics)
+    if config.server.cors_origins:
+        # outside of the guard: a browser's preflight carries no key
+        app = CORSMiddleware(
+            app,
+            allow_origins=config.server.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return Observe(app, context.metrics, RouteLabels(templates), config.limits)
+
+
+def metrics_app(context: ServerContext) -> ASGIApp:
+    """/metrics alone, for a port of its own."""
+    app = FastAPI(docs_url=None, openapi_url=None, redoc_url=None)
+    app.include_router(health.metrics_routes(context))
+    return app
+
+
+def _lifespan(context: ServerContext) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine = context.engine
+        engine.on_stats = context.metrics.engine.update
+        await engine.start()
+        watcher = asyncio.create_task(monitor(context))
+        try:
+            yield
+        finally:
+            watcher.cancel()
+            await engine.stop(0.0)
+
+    return lifespan
+
+
+def _declare_routes(routers: Sequence[APIRouter], metrics: Metrics) -> list[str]:
+    """Route templates; their metrics exist from now on."""
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    metrics.http.declare((route.path, method) for route in routes for method in route.methods or ())
+    return [route.path for route in routes]
+
+
+def _handle_errors(api: FastAPI, context: ServerContext, templates: list[str]) -> None:
+    known = set(templates)
+
+    async def answer(request: Request, error: Exception) -> Response:
+        api_error = to_api_error(error, request.state.request_id)
+        if api_error.reason is not None:
+            context.metrics.http.rejected(api_error.reason)
+        return api_error.response()
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _routing_error(request, error, known).response()
+
+    async def left(request: Request, error: Exception) -> Response:
+        request.state.is_disconnected = True
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    api.add_exception_handler(KvasirError, answer)
+    api.add_exception_handler(ApiError, answer)
+    api.add_exception_handler(HTTPException, http_error)
+    api.add_exception_handler(ClientDisconnected, left)
+    api.add_exception_handler(Exception, answer)  # answered here, then logged by Observe
+
+
+def _routing_error(request: Request, error: HTTPException, known: set[str]) -> ApiError:
+    if error.status_code == 405:
+        allowed = dict(error.headers or {}).get("Allow", "")
+        message = f"this route does not take that method; it takes {allowed}"
+        return ApiError(405, message, code="method_not_allowed", headers={"Allow": allowed})
+    if error.status_code == 404:
+        better = "/v1" + route_path(request.scope)
+        hint = f"; did you mean {better}?" if better in known else ""
+        return ApiError(404, f"there is no such route{hint}", code="unknown_url")
+    return ApiError(error.status_code, "the request cannot be handled", headers=dict(error.headers or {}))

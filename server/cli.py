@@ -1,0 +1,130 @@
+"""The `kvasir` command: serve, chat, complete, bench, version. Translates flags into calls; decides nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from engine.config import Config
+from engine.config_load import add_flags, describe, load
+from engine.errors import ConfigError
+from engine.version import __version__
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    os.umask(0o077)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ConfigError as error:
+        print(f"kvasir: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvasir",
+        description="Kvasir: an OpenAI-compatible LLM server whose KV cache is a programmable resource.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    serve = commands.add_parser(
+        "serve",
+        help="start the HTTP server",
+        description="Start the HTTP server. Options come from --config, then KVASIR_* variables, then flags; the later "
+        "one wins: --max-model-len 4096 equals KVASIR_MAX_MODEL_LEN=4096.",
+    )
+    serve.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
+    serve.add_argument("--config", metavar="FILE", help="TOML file, see configs/")
+    add_flags(serve)
+    serve.set_defaults(run=_serve)
+
+    chat = commands.add_parser("chat", help="talk to a running server in the terminal")
+    _add_client_flags(chat)
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("message", nargs="*", help="one message; without it, an interactive conversation")
+    chat.set_defaults(run=_chat)
+
+    complete = commands.add_parser("complete", help="complete one text with a running server")
+    _add_client_flags(complete)
+    complete.add_argument("prompt", nargs="*", help="the text; without it, standard input")
+    complete.set_defaults(run=_complete)
+
+    bench = commands.add_parser("bench", help="measure an OpenAI-compatible server", add_help=False)
+    bench.add_argument("rest", nargs=argparse.REMAINDER)
+    bench.set_defaults(run=_bench)
+
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(run=lambda arguments: print(__version__) or 0)
+    return parser
+
+
+def _add_client_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", default=os.environ.get("KVASIR_URL", DEFAULT_URL), help="server (default: %(default)s)"
+    )
+    parser.add_argument("--api-key", default=os.environ.get("KVASIR_API_KEY"), help="key, or KVASIR_API_KEY")
+    parser.add_argument("--model", help="served model; default: the first one")
+    parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; default: the server's")
+    parser.add_argument("--seed", type=int, help="for a reproducible answer")
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    config = _config_of(arguments)
+    logging.basicConfig(level=config.server.log_level.upper(), format=LOG_FORMAT)
+    settings = " ".join(f"{name}={value!r}" for name, value in describe(config).items())
+    logging.getLogger(__name__).info("kvasir %s: %s", __version__, settings)
+    from server.lifecycle import run
+
+    return run(config)
+
+
+def _config_of(arguments: argparse.Namespace) -> Config:
+    flags: dict[str, Any] = vars(arguments).copy()
+    if arguments.positional_model is not None:
+        flags["model"] = arguments.positional_model
+    return load(flags, file=arguments.config, environ=os.environ)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from server.terminal import chat
+
+    return chat(_client(arguments), system=arguments.system, message=" ".join(arguments.message))
+
+
+def _complete(arguments: argparse.Namespace) -> int:
+    from server.terminal import complete
+
+    prompt = " ".join(arguments.prompt) if arguments.prompt else sys.stdin.read()
+    return complete(_client(arguments), prompt)
+
+
+def _client(arguments: argparse.Namespace) -> Any:
+    from server.terminal import Client
+
+    options = {
+        name: value for name in ("max_tokens", "temperature", "seed") if (value := getattr(arguments, name)) is not None
+    }
+    return Client(arguments.url, arguments.api_key, arguments.model, options)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from loadtest.run import main as bench
+
+    return bench(arguments.rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

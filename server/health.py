@@ -1,0 +1,91 @@
+"""Liveness, readiness, version, load and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client.exposition import choose_encoder
+
+from engine.errors import EngineError
+from engine.types import GenerationRequest, SamplingParams
+from engine.version import __version__
+from server.context import LOADING_PHASES, LOADING_RETRY_S, ServerContext
+from server.generation import Generation
+from server.responses import json_response
+
+PROBE_TIMEOUT_S = 10.0
+PROBE_PRIORITY = -(2**31) + 1  # a deep check must not wait behind a long queue
+
+
+def routes(context: ServerContext) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/livez")
+    @router.head("/livez", include_in_schema=False)
+    async def livez() -> Response:
+        """The front end answers, whatever the engine does."""
+        return json_response({"status": "alive"})
+
+    @router.get("/readyz")
+    @router.head("/readyz", include_in_schema=False)
+    @router.get("/ready", include_in_schema=False)
+    async def readyz() -> Response:
+        """Requests are accepted right now."""
+        return _status(context, is_good=context.is_ready)
+
+    @router.get("/health")
+    @router.head("/health", include_in_schema=False)
+    @router.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)
+    async def health() -> Response:
+        """The engine is loaded and alive; also while it drains, so that a draining server is not killed."""
+        return _status(context, is_good=context.engine.state.is_ready)
+
+    @router.get("/health_generate")
+    async def health_generate(request: Request) -> Response:
+        """Deep check: one token through the engine."""
+        info = context.require_ready()
+        probe = GenerationRequest(
+            prompt=[info.eos_token_ids[0] if info.eos_token_ids else 0],
+            sampling=SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True),
+            priority=PROBE_PRIORITY,
+            client_request_id=request.state.request_id,
+        )
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S), Generation(context, [probe], request.receive) as generation:
+                await generation.collect()
+        except TimeoutError:
+            raise EngineError(f"the engine did not generate a token within {PROBE_TIMEOUT_S:g} seconds") from None
+        return json_response({"status": "ok"})
+
+    @router.get("/version")
+    async def version() -> Response:
+        return json_response({"version": __version__})
+
+    @router.get("/load")
+    async def load() -> Response:
+        return json_response({"server_load": context.gate.num_in_flight})
+
+    return router
+
+
+def metrics_routes(context: ServerContext) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        context.metrics.engine.set_state(context.phase, is_ready=context.is_ready)
+        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encoder(context.metrics.registry), headers={"Content-Type": content_type})
+
+    return router
+
+
+def _status(context: ServerContext, *, is_good: bool) -> Response:
+    if is_good:
+        return json_response({"status": "ready" if context.is_ready else context.phase})
+    phase = context.phase
+    status = "unresponsive" if phase == "ready" else phase
+    body = {"status": status, "phase": phase, "detail": context.engine.state.detail}
+    retry_s = LOADING_RETRY_S if phase in LOADING_PHASES else 5
+    return json_response(body, status=503, headers={"Retry-After": str(retry_s)})

@@ -1,0 +1,41 @@
+"""GET /v1/models and GET /v1/models/{id}."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from engine.types import ModelInfo
+from server.context import ServerContext
+from server.responses import json_response
+
+
+def routes(context: ServerContext) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/v1/models")
+    async def list_models() -> Response:
+        info = context.require_ready()
+        names = context.engine.model_names
+        return json_response({"object": "list", "data": [_card(name, context, info) for name in names]})
+
+    @router.get("/v1/models/{model_id:path}")
+    async def get_model(model_id: str) -> Response:
+        info = context.require_ready()
+        return json_response(_card(context.resolve_model(model_id), context, info))
+
+    return router
+
+
+def _card(name: str, context: ServerContext, info: ModelInfo) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": context.created,
+        "owned_by": "kvasir",
+        "root": context.engine.model_names[0],
+        "parent": None,
+        "max_model_len": info.max_model_len,
+        "permission": [],
+    }

@@ -1,0 +1,27 @@
+"""What the operator sees once the model is loaded."""
+
+from __future__ import annotations
+
+from engine.types import ModelInfo
+
+MIB = 1024 * 1024
+
+
+def startup_report(info: ModelInfo, model_name: str, url: str) -> str:
+    """A few lines of text: model, kernels, cache and address."""
+    tokens = info.kv_cache_tokens
+    cache = f"{tokens} tokens in {info.num_blocks} blocks of {info.block_size}, {info.kv_cache_bytes / MIB:.1f} MiB"
+    lengths = sorted({max(info.max_model_len // divisor, 1) for divisor in (1, 4, 16)}, reverse=True)
+    fits = ", ".join(f"{tokens // length} of {length} tokens" for length in lengths)
+    kernels = ", ".join(f"{op} {name}" for op, name in sorted(info.kernels.items()))
+    lines = [
+        f"ready: {model_name} ({info.architecture}, {info.dtype} on {info.device}, {info.weight_bytes / MIB:.1f} MiB)",
+        f"kernels: {kernels or 'none reported'}",
+        f"KV cache: {cache}",
+        f"requests that fit at once: {fits}",
+    ]
+    if info.generation_defaults:
+        defaults = ", ".join(f"{name}={value}" for name, value in sorted(info.generation_defaults.items()))
+        lines.append(f"sampling defaults of the model: {defaults} (--generation-config none turns them off)")
+    lines.append(f"API: {url}/v1")
+    return "\n  ".join(lines)
