@@ -1,0 +1,1 @@
+"""Seeded text generators that Mimir is trained and measured on. Nothing in this package imports torch."""
