@@ -31,7 +31,7 @@ def own(request):
 
 def rows_for(name: str, count: int) -> int:
     """Triton's interpreter takes some ten milliseconds per row."""
-    return min(count, 8) if name == "triton" and not torch.cuda.is_available() else count
+    return min(count, 6) if name == "triton" and not torch.cuda.is_available() else count
 
 
 def on(name: str, **tensors: Tensor) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ def test_philox_agrees_with_the_published_test_vector():
     assert reference.philox4x32(0, 0) == (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 3, 63, 203, 1030])
+@pytest.mark.parametrize("num_tokens", [0, 1, 203, 1030])
 def test_random_bits_are_the_same_everywhere(name, num_tokens):
     keys = torch.cat([torch.tensor([0, 1, -1, 2**63 - 1, -(2**63)]), random_keys(2)])
     found = sampling.random_bits(keys.to(testing.device_of(name)), num_tokens).cpu()
@@ -97,7 +97,7 @@ def test_the_largest_word_gives_finite_noise_below_the_bound_of_the_leader_rule(
 @pytest.mark.parametrize(
     "active", [(), ("top_k",), ("top_p",), ("min_p",), ("typical_p",), ("top_k", "top_p", "min_p", "typical_p")]
 )
-@pytest.mark.parametrize("num_tokens", [1, 20, 203])
+@pytest.mark.parametrize("num_tokens", [1, 203])
 def test_choices_equal_the_reference(name, active, num_tokens):
     rows = rows_for(name, 48)
     generator = torch.Generator().manual_seed(num_tokens)
@@ -125,7 +125,7 @@ def test_choices_equal_the_reference(name, active, num_tokens):
 @pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="needs the native library")
 @pytest.mark.parametrize("shape", ["peaked", "flat", "tied", "equal"])
 def test_selection_without_sorting_equals_sorting_on_large_vocabularies(shape):
-    rows, num_tokens = 12, 6000
+    rows, num_tokens = 8, 6000
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(rows, num_tokens, generator=generator)
     if shape == "peaked":

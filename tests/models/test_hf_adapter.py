@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from engine.errors import ConfigError
@@ -175,8 +176,6 @@ def test_encoder_decoders_and_lossy_requests_are_refused(tmp_path: Path) -> None
 
 
 def test_tensors_that_transformers_would_make_up_are_an_error(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     save(build("GPT2Config", GPT2), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["transformer.h.1.mlp.c_fc.weight"]

@@ -1,4 +1,4 @@
-"""One real server process with the bundled model, shared by the end-to-end tests of this folder."""
+"""One real server process with the bundled model, shared by all end-to-end tests."""
 
 from __future__ import annotations
 

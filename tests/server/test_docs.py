@@ -1,0 +1,47 @@
+"""docs/api.md names what exists, and the start-up report says what fits."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fastapi.routing import APIRoute
+
+from server import chat, completions, health, models, tokenize
+from server.app import make_context
+from server.report import startup_report
+from server.schemas import ChatRequest, CompletionRequest
+from server.validation import UNSUPPORTED
+from tests.fakes_engine import FakeEngine
+from tests.server.support import make_config
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text("utf-8")
+
+
+def test_every_route_is_documented() -> None:
+    context = make_context(FakeEngine(), make_config())
+    routers = [module.routes(context) for module in (chat, completions, health, models, tokenize)]
+    for router in [*routers, health.metrics_routes(context)]:
+        for route in router.routes:
+            assert isinstance(route, APIRoute)
+            path = route.path.replace("{model_id:path}", "{id}")
+            assert f"{path}`" in PAGE, path
+
+
+def test_every_field_is_documented_as_taken_or_refused() -> None:
+    words = set(re.findall(r"`([a-z_]+)[`*]", PAGE))
+    taken = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+    assert taken <= words, taken - words
+    prefixes = tuple(word for word in words if word.endswith("_"))
+    undocumented = {name for name in UNSUPPORTED if name not in words and not name.startswith(prefixes)}
+    assert undocumented <= {"guided_decoding", "logit_processors", "mm_processor_kwargs", "regex_schema"}
+
+
+def test_the_startup_report_says_what_fits() -> None:
+    info = FakeEngine(generation_defaults={"temperature": 0.6}).info
+    assert info is not None
+    text = startup_report(info, "fake", "http://127.0.0.1:8000")
+    assert "1024 tokens in 64 blocks of 16" in text
+    assert "4 of 256 tokens, 16 of 64 tokens" in text
+    assert "temperature=0.6" in text
+    assert "http://127.0.0.1:8000/v1" in text
