@@ -217,6 +217,7 @@ class AsyncEngine:
             await encoder.bad_words(given.bad_words),
             info,
             is_strict=self.config.server.strict_max_tokens,
+            limits=self.config.limits,
             elapsed_s=time.monotonic() - arrival_s,
         )
 

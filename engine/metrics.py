@@ -8,31 +8,24 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import metadata
-from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.gc_collector import GCCollector
-from prometheus_client.registry import Collector
 
 from engine.metrics_compat import VllmNames
+from engine.metrics_factory import (
+    ITL_BUCKETS,
+    LATENCY_BUCKETS,
+    STEP_BUCKETS,
+    STEP_TOKEN_BUCKETS,
+    TOKEN_BUCKETS,
+    TTFT_BUCKETS,
+    MetricFactory,
+)
 from engine.types import EngineStats, ModelInfo
 from engine.version import __version__
-
-# Bucket borders are part of the contract: changing them breaks recording rules.
-LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
-TTFT_BUCKETS = (
-    *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
-    *(1, 2.5, 5, 10, 20, 40, 80, 160, 640),
-)
-ITL_BUCKETS = (
-    *(0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
-    *(0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10),
-)
-STEP_BUCKETS = tuple(0.0001 * 2**i for i in range(17))
-TOKEN_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
-STEP_TOKEN_BUCKETS = (1, *(8 * 2**i for i in range(12)))
 
 FINISH_REASONS = ("stop", "length", "tool_calls", "abort", "error", "timeout")
 REJECTIONS = (
@@ -46,8 +39,6 @@ DISCONNECT_PHASES = ("prefill", "decode")
 PRIORITIES = ("high", "normal", "low")
 OTHER = "other"
 
-Family = TypeVar("Family", Counter, Gauge, Histogram)
-
 
 class Metrics:
     """All metrics of one server. `model` is the served name, `compat` whose names to expose in addition."""
@@ -57,53 +48,11 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
         self.http = HttpMetrics(self.registry)
-        factory = _Factory(self.registry, model)
+        factory = MetricFactory(self.registry, model)
         self.requests = RequestMetrics(factory)
         self.engine = EngineMetrics(factory)
         if compat == "vllm":
             self.registry.register(VllmNames(factory.families, self.engine))
-
-
-class _Factory:
-    """Makes metrics that carry the served model's name, and remembers the families for `VllmNames`."""
-
-    def __init__(self, registry: CollectorRegistry, model: str) -> None:
-        self._registry = registry
-        self._model = model
-        self.families: dict[str, Collector] = {}
-
-    def counter(self, name: str, text: str) -> Counter:
-        return self._keep(name, Counter(name, text, ["model"], registry=self._registry)).labels(self._model)
-
-    def counters(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Counter]:
-        family = self._keep(name, Counter(name, text, ["model", label], registry=self._registry))
-        return {value: family.labels(self._model, value) for value in values}
-
-    def gauge(self, name: str, text: str) -> Gauge:
-        return self._keep(name, Gauge(name, text, ["model"], registry=self._registry)).labels(self._model)
-
-    def gauges(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Gauge]:
-        family = self._keep(name, Gauge(name, text, ["model", label], registry=self._registry))
-        return {value: family.labels(self._model, value) for value in values}
-
-    def histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        family = Histogram(name, text, ["model"], buckets=buckets, registry=self._registry)
-        return self._keep(name, family).labels(self._model)
-
-    def histograms(
-        self, name: str, text: str, buckets: Sequence[float], label: str, values: Iterable[str]
-    ) -> dict[str, Histogram]:
-        family = self._keep(name, Histogram(name, text, ["model", label], buckets=buckets, registry=self._registry))
-        return {value: family.labels(self._model, value) for value in values}
-
-    def info(self, name: str, text: str, labels: Mapping[str, str]) -> None:
-        """A gauge that is always 1 and says something in its labels."""
-        family = Gauge(name, text, ["model", *labels], registry=self._registry)
-        self._keep(name, family).labels(self._model, *labels.values()).set(1)
-
-    def _keep(self, name: str, family: Family) -> Family:
-        self.families[name] = family
-        return family
 
 
 class HttpMetrics:
@@ -170,7 +119,7 @@ class HttpMetrics:
 class RequestMetrics:
     """The life of generation requests as the front end sees it: one request is one prompt with all its choices."""
 
-    def __init__(self, make: _Factory) -> None:
+    def __init__(self, make: MetricFactory) -> None:
         self.finished = make.counters(
             "kvasir_requests", "Finished requests, by the reason of the end", "finish_reason", FINISH_REASONS
         )
@@ -215,7 +164,7 @@ class RequestMetrics:
 class EngineMetrics:
     """Gauges and counters of the core, from its reports."""
 
-    def __init__(self, make: _Factory) -> None:
+    def __init__(self, make: MetricFactory) -> None:
         self._make = make
         self._seen: dict[str, float] = {}
         self._reported_at: float | None = None
@@ -234,13 +183,13 @@ class EngineMetrics:
         self._define_tokens(make)
         self._define_cache(make)
 
-    def _define_queue(self, make: _Factory) -> None:
+    def _define_queue(self, make: MetricFactory) -> None:
         self.running = make.gauge("kvasir_requests_running", "Token streams in the running batch")
         self.waiting = make.gauge("kvasir_requests_waiting", "Token streams that wait for a place in the batch")
         self.queue_tokens = make.gauge("kvasir_queue_tokens", "Prompt tokens that wait")
         self.queue_age = make.gauge("kvasir_queue_oldest_age_seconds", "How long the oldest waiting request waits")
 
-    def _define_steps(self, make: _Factory) -> None:
+    def _define_steps(self, make: MetricFactory) -> None:
         self.steps = make.counters("kvasir_engine_steps", "Steps of the engine", "kind", STEP_KINDS)
         self.step_seconds = make.histograms(
             "kvasir_engine_step_seconds", "Duration of a step", STEP_BUCKETS, "kind", STEP_KINDS
@@ -255,19 +204,19 @@ class EngineMetrics:
             "kvasir_preemptions", "Running requests put back into the queue", "mode", ("recompute",)
         )
 
-    def _define_tokens(self, make: _Factory) -> None:
+    def _define_tokens(self, make: MetricFactory) -> None:
         self.prompt_tokens = make.counters(
             "kvasir_prompt_tokens", "Prompt tokens, by where they came from", "source", ("computed", "cache_device")
         )
         self.generation_tokens = make.counter("kvasir_generation_tokens", "Tokens generated")
         self.aborted_tokens = make.counter("kvasir_aborted_tokens", "Tokens computed for requests that were aborted")
 
-    def _define_cache(self, make: _Factory) -> None:
+    def _define_cache(self, make: MetricFactory) -> None:
         self.usage_ratio = make.gauge("kvasir_kv_cache_usage_ratio", "Share of the cache blocks held by requests")
         self.blocks = make.gauges("kvasir_kv_blocks", "Cache blocks", "state", ("free", "active", "cached"))
         self.block_size = make.gauge("kvasir_kv_block_size_tokens", "Tokens per cache block")
         self.cache_bytes = make.gauges(
-            "kvasir_kv_cache_bytes", "Bytes of the cache pool", "state", ("free", "active", "cached")
+            "kvasir_kv_cache_bytes", "Bytes of the cache pool", "state", ("free", "active", "cached"), tier="device"
         )
         self.device_bytes = make.gauges(
             "kvasir_device_memory_bytes", "Memory taken on the device", "kind", ("weights", "kv")
@@ -346,7 +295,7 @@ class EngineMetrics:
         self._seen[key] = value
 
 
-def _build_info(make: _Factory) -> None:
+def _build_info(make: MetricFactory) -> None:
     try:
         torch_version = metadata.version("torch")
     except metadata.PackageNotFoundError:

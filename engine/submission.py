@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from engine.config import Limits
 from engine.errors import InvalidParameter, PromptTooLong
 from engine.sampling_params import validate
 from engine.types import EngineRequest, GenerationRequest, ModelInfo
@@ -43,11 +44,13 @@ def build(
     info: ModelInfo,
     *,
     is_strict: bool,
+    limits: Limits | None = None,
     elapsed_s: float = 0.0,
 ) -> EngineRequest:
     """Fits the request into the context.
 
     is_strict   refuse instead of cutting max_tokens when prompt plus max_tokens exceed the context
+    limits      bounds on the sizes of lists; None sets none
     elapsed_s   time already spent of `request.deadline_s`
     Raises InvalidParameter and PromptTooLong.
     """
@@ -60,7 +63,7 @@ def build(
         seed=request.sampling.seed if request.seed_given else secrets.randbits(SEED_BITS),
         bad_words_ids=(*request.sampling.bad_words_ids, *bad_words_ids),
     )
-    validate(sampling, logits_size=info.logits_size, max_model_len=info.max_model_len)
+    validate(sampling, logits_size=info.logits_size, max_model_len=info.max_model_len, limits=limits)
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=token_ids,

@@ -1,0 +1,68 @@
+"""How metrics are made: bucket borders, and families that carry the served model's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.registry import Collector
+
+# Bucket borders are part of the contract: changing them breaks recording rules.
+LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280)
+TTFT_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
+    *(1, 2.5, 5, 10, 20, 40, 80, 160, 640),
+)
+ITL_BUCKETS = (
+    *(0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10),
+)
+STEP_BUCKETS = tuple(0.0001 * 2**i for i in range(17))
+TOKEN_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+STEP_TOKEN_BUCKETS = (1, *(8 * 2**i for i in range(12)))
+
+Family = TypeVar("Family", Counter, Gauge, Histogram)
+
+
+class MetricFactory:
+    """Makes metrics that carry the served model's name, and remembers the families for `VllmNames`."""
+
+    def __init__(self, registry: CollectorRegistry, model: str) -> None:
+        self._registry = registry
+        self._model = model
+        self.families: dict[str, Collector] = {}
+
+    def counter(self, name: str, text: str) -> Counter:
+        return self._keep(name, Counter(name, text, ["model"], registry=self._registry)).labels(self._model)
+
+    def counters(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Counter]:
+        family = self._keep(name, Counter(name, text, ["model", label], registry=self._registry))
+        return {value: family.labels(self._model, value) for value in values}
+
+    def gauge(self, name: str, text: str) -> Gauge:
+        return self._keep(name, Gauge(name, text, ["model"], registry=self._registry)).labels(self._model)
+
+    def gauges(self, name: str, text: str, label: str, values: Iterable[str], **fixed: str) -> dict[str, Gauge]:
+        """`fixed` labels have one value today; they are there so that more can come without a new name."""
+        family = self._keep(name, Gauge(name, text, ["model", label, *fixed], registry=self._registry))
+        return {value: family.labels(self._model, value, *fixed.values()) for value in values}
+
+    def histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        family = Histogram(name, text, ["model"], buckets=buckets, registry=self._registry)
+        return self._keep(name, family).labels(self._model)
+
+    def histograms(
+        self, name: str, text: str, buckets: Sequence[float], label: str, values: Iterable[str]
+    ) -> dict[str, Histogram]:
+        family = self._keep(name, Histogram(name, text, ["model", label], buckets=buckets, registry=self._registry))
+        return {value: family.labels(self._model, value) for value in values}
+
+    def info(self, name: str, text: str, labels: Mapping[str, str]) -> None:
+        """A gauge that is always 1 and says something in its labels."""
+        family = Gauge(name, text, ["model", *labels], registry=self._registry)
+        self._keep(name, family).labels(self._model, *labels.values()).set(1)
+
+    def _keep(self, name: str, family: Family) -> Family:
+        self.families[name] = family
+        return family
