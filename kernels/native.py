@@ -210,7 +210,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _compile(cxx: str, isa: str, source_dir: Path, target: Path) -> None:
     """Compile every source to an object, link, sign with a digest, and move the result into place at once."""
     start = time.perf_counter()
-    sources = _sources(source_dir)
+    sources = sorted(_sources(source_dir), key=lambda path: -path.stat().st_size)  # the longest first, for balance
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as scratch:
         objects = [str(Path(scratch) / f"{index}.o") for index in range(len(sources))]
         include = f"-I{source_dir / 'csrc'}"

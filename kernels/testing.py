@@ -50,11 +50,9 @@ def nan_filled(*shape: int, dtype: torch.dtype = torch.float32, device: torch.de
 
 def strided(x: Tensor) -> Tensor:
     """Equal values in rows that lie further apart than their length: x is [T, ...], the result not contiguous."""
-    wide = nan_filled(x.shape[0], 2 * x[0].numel() if x.shape[0] else 2, dtype=x.dtype, device=x.device)
-    view = wide[:, : wide.shape[1] // 2].unflatten(1, x.shape[1:]) if x.shape[0] else x
-    if x.shape[0]:
-        view.copy_(x)
-    return view
+    wide = nan_filled(x.shape[0], 2, *x.shape[1:], dtype=x.dtype, device=x.device)
+    wide[:, 1] = x
+    return wide[:, 1]
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, dtype: torch.dtype | None = None, factor: float = 1.0) -> None:

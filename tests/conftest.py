@@ -1,13 +1,19 @@
-"""One real server process with the bundled model, shared by all end-to-end tests."""
+"""What all tests share: Triton's interpreter where there is no GPU, and one real server with the bundled model."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from loadtest.own_server import own_server
+
+if not torch.cuda.is_available():
+    # must stand before triton's first import, which transformers' model classes do too
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SERVE_FLAGS = ("--threads", "1", "--max-num-seqs", "8", "--num-blocks", "512", "--log-level", "warning")
 

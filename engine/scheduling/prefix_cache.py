@@ -126,12 +126,10 @@ class PrefixCache:
 
         In O(log) probes, by digests alone: `match` has the last word, and finds as many unless digests collide.
         """
-        entries, digests = self._entries, chain.digests
+        digests = chain.digests
         num_probed = min(max_blocks, len(digests))
-        num_cached = bisect_left(range(num_probed), True, key=lambda i: digests[i] not in entries)
-        num_held = bisect_left(
-            range(num_cached), True, key=lambda i: not self._pool.is_held(entries[digests[i]].block_id)
-        )
+        num_cached = bisect_left(range(num_probed), True, key=lambda i: digests[i] not in self._entries)
+        num_held = bisect_left(range(num_cached), True, key=lambda i: not self._is_held(digests[i]))
         return num_cached, num_held
 
     def match(self, chain: HashChain, token_ids: Sequence[int], max_blocks: int) -> list[int]:
@@ -230,6 +228,10 @@ class PrefixCache:
             if self._digest(expected + entry.tokens) != digest:
                 problems.append(f"block {block_id} is indexed under another content's digest")
         return problems
+
+    def _is_held(self, digest: bytes) -> bool:
+        entry = self._entries.get(digest)
+        return entry is not None and self._pool.is_held(entry.block_id)
 
     def _is_same(
         self, entry: _Entry, chain: HashChain, token_ids: Sequence[int], index: int, parent: int | None

@@ -35,11 +35,12 @@ def plan_attention(
     """
     rows = rows_of(cu_seqlens_q, seq_lens)
     device = torch.device(device)
+    module = backend.implementation("paged_attention", device)
     return AttentionPlan(
         rows=rows,
         num_tokens=sum(row.num_queries for row in rows),
-        implementation=backend.select("paged_attention", device),
-        work=backend.implementation("paged_attention", device).plan(rows, num_kv_heads, device),
+        module=module,
+        work=module.plan(rows, num_kv_heads, device),
     )
 
 
@@ -115,25 +116,24 @@ def paged_attention(
     division of the row into chunks and every number of threads.
     Raises ValueError when shapes or types disagree.
     """
+    module = backend.implementation("paged_attention", q.device)
     if plan is None:
         plan = plan_attention(cu_seqlens_q, seq_lens, num_kv_heads=_num_kv_heads(k_cache, block_table), device=q.device)
-    _check(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, plan)
-    shape = (*q.shape[:2], v_cache.shape[3])
+    elif plan.module is not module:
+        raise ValueError(f"the plan was made by {plan.module.__name__}, {module.__name__} runs")
     if out is None:
-        out = torch.empty(shape, dtype=q.dtype, device=q.device)
-    elif out.shape != shape or out.dtype != q.dtype or out.stride(2) != 1:
-        raise ValueError(
-            f"out is {list(out.shape)} {out.dtype}, need {list(shape)} {q.dtype} with a contiguous last dim"
-        )
-    lse = torch.empty(shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
+        out = torch.empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) if return_lse else None
+    tensors = q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
+    layout = tuple([(t.shape, t.stride(), t.dtype) for t in (*tensors, out)])
+    if layout not in plan.checked:
+        _check(*tensors, out, plan)
+        plan.checked.add(layout)
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != torch.float32 or sinks.stride(0) != 1):
+        raise ValueError(f"sinks is {list(sinks.shape)} {sinks.dtype}, need [{q.shape[1]}] float32, contiguous")
     if q.shape[0] > 0:
-        backend.implementation("paged_attention", q.device).paged_attention(
-            q,
-            k_cache,
-            v_cache,
-            block_table,
-            seq_lens,
-            cu_seqlens_q,
+        module.paged_attention(
+            *tensors,
             scale=scale,
             window=window,
             soft_cap=soft_cap,
@@ -141,6 +141,7 @@ def paged_attention(
             out=out,
             lse=lse,
             plan=plan,
+            layout=layout,
         )
     return out if lse is None else (out, lse)
 
@@ -156,7 +157,7 @@ def _check(
     block_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
-    sinks: Tensor | None,
+    out: Tensor,
     plan: AttentionPlan,
 ) -> None:
     num_kv_heads, num_rows = _num_kv_heads(k_cache, block_table), len(plan.rows)
@@ -178,14 +179,12 @@ def _check(
         )
     if not block_table.dtype == seq_lens.dtype == cu_seqlens_q.dtype == torch.int32:
         raise ValueError("block_table, seq_lens and cu_seqlens_q must be int32")
-    if not cu_seqlens_q.is_contiguous() or (sinks is not None and not sinks.is_contiguous()):
-        raise ValueError("cu_seqlens_q and sinks must be contiguous")
+    if cu_seqlens_q.stride(0) != 1 or block_table.stride(-1) != 1:
+        raise ValueError("cu_seqlens_q and the rows of block_table must be contiguous")
     if seq_lens.dim() == 2 and seq_lens.shape[1] != num_kv_heads:
         raise ValueError(f"seq_lens {list(seq_lens.shape)} does not fit {num_kv_heads} kv heads")
-    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != torch.float32):
-        raise ValueError(f"sinks is {list(sinks.shape)} {sinks.dtype}, need [{q.shape[1]}] float32")
     if plan.num_tokens != q.shape[0]:
         raise ValueError(f"q has {q.shape[0]} tokens, the plan {plan.num_tokens}")
-    chosen = backend.select("paged_attention", q.device)
-    if plan.implementation != chosen:
-        raise ValueError(f"the plan was made for the {plan.implementation} implementation, {chosen} runs")
+    shape = (*q.shape[:2], v_cache.shape[3])
+    if out.shape != shape or out.dtype != q.dtype or out.stride(2) != 1:
+        raise ValueError(f"out is {list(out.shape)} {out.dtype}, need {list(shape)} {q.dtype}, last dim contiguous")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from kernels.paged_attention.plan import AttentionPlan, Row
 
 SPLIT_KEYS = 256  # as kSplitKeys in kernel.cpp
 TILE_QUERIES = 16  # queries of a row that one item takes; times the heads that share a kv head they are a tile's rows
+MIN_WORK_PER_THREAD = 100_000  # multiply-adds (some microseconds) for which waking another thread pays
 ITEMS_PER_THREAD = 4  # a tile that is more than one of so many equal shares of the work is divided by keys
 
 
@@ -40,6 +43,15 @@ class Work:
     items: Tensor  # [n, 6] int32
     merges: Tensor  # [m, 5] int32
     num_partials: int
+    num_pairs: int  # queries times keys, of one kv head
+    prepared: dict[Hashable, Prepared] = field(default_factory=dict)  # by layout of the tensors
+
+
+class Prepared(NamedTuple):
+    """What stays the same in all layers of one layout; addresses of tensors and options are set at every call."""
+
+    params: Params
+    partials: Tensor  # memory that params points to
 
 
 def plan(rows: tuple[Row, ...], num_kv_heads: int, device: torch.device) -> Work:
@@ -51,8 +63,8 @@ def plan(rows: tuple[Row, ...], num_kv_heads: int, device: torch.device) -> Work
             num_keys = max(0, seq_len - num_queries + first + count)
             tiles.append((count * num_keys, index, first, count, -(-num_keys // SPLIT_KEYS)))
     num_threads = native.num_threads()
-    total = sum(tile[0] for tile in tiles) * num_kv_heads
-    share = total / (num_threads * ITEMS_PER_THREAD) if num_threads > 1 else total
+    num_pairs = sum(tile[0] for tile in tiles)
+    share = num_pairs * num_kv_heads / (num_threads * ITEMS_PER_THREAD) if num_threads > 1 else num_pairs
     items: list[tuple[int, tuple[int, ...]]] = []
     merges: list[tuple[int, ...]] = []
     num_partials = 0
@@ -69,6 +81,7 @@ def plan(rows: tuple[Row, ...], num_kv_heads: int, device: torch.device) -> Work
         items=torch.tensor([item for _, item in items], dtype=torch.int32),
         merges=torch.tensor(merges, dtype=torch.int32),
         num_partials=num_partials,
+        num_pairs=num_pairs,
     )
 
 
@@ -87,32 +100,43 @@ def paged_attention(
     out: Tensor,
     lse: Tensor | None,
     plan: AttentionPlan,
+    layout: Hashable,
 ) -> None:
     """See `kernels.paged_attention.paged_attention`; writes out [T, H, Dv] and lse [T, H]."""
     work: Work = plan.work
+    prepared = work.prepared.get(layout)
+    if prepared is None:
+        prepared = work.prepared[layout] = _prepare(q, k_cache, v_cache, block_table, seq_lens, out, work)
+    params = prepared.params
+    params.q = q.data_ptr()
+    params.k_cache = k_cache.data_ptr()
+    params.v_cache = v_cache.data_ptr()
+    params.block_table = block_table.data_ptr()
+    params.seq_lens = seq_lens.data_ptr()
+    params.cu_seqlens_q = cu_seqlens_q.data_ptr()
+    params.sinks = None if sinks is None else sinks.data_ptr()
+    params.out = out.data_ptr()
+    params.lse = None if lse is None else lse.data_ptr()
+    params.scale = scale
+    params.soft_cap = soft_cap
+    params.window = window
+    native.function("kvasir_paged_attention", native.PTR)(ctypes.addressof(params))
+
+
+def _prepare(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, out: Tensor, work: Work
+) -> Prepared:
     num_heads, head_dim_v = q.shape[1], v_cache.shape[3]
     per_head_table, per_head_lens = block_table.dim() == 3, seq_lens.dim() == 2
     shared_cache_head = per_head_table and k_cache.shape[1] == 1
-    partial_acc = partial_stats = None
-    if work.num_partials:
-        partial_acc = torch.empty(work.num_partials, num_heads, head_dim_v)
-        partial_stats = torch.empty(work.num_partials, num_heads, 2)
-    if block_table.stride(-1) != 1:
-        block_table = block_table.contiguous()
+    num_partials = work.num_partials * num_heads
+    partials = torch.empty(num_partials * (head_dim_v + 2))
+    num_useful_threads = work.num_pairs * num_heads * (q.shape[2] + head_dim_v) // MIN_WORK_PER_THREAD
     params = Params(
-        q=q.data_ptr(),
-        k_cache=k_cache.data_ptr(),
-        v_cache=v_cache.data_ptr(),
-        block_table=block_table.data_ptr(),
-        seq_lens=seq_lens.data_ptr(),
-        cu_seqlens_q=cu_seqlens_q.data_ptr(),
-        sinks=None if sinks is None else sinks.data_ptr(),
-        out=out.data_ptr(),
-        lse=None if lse is None else lse.data_ptr(),
         items=work.items.data_ptr(),
         merges=work.merges.data_ptr(),
-        partial_acc=None if partial_acc is None else partial_acc.data_ptr(),
-        partial_stats=None if partial_stats is None else partial_stats.data_ptr(),
+        partial_acc=partials.data_ptr(),
+        partial_stats=partials[num_partials * head_dim_v :].data_ptr(),
         num_items=work.items.shape[0],
         num_merges=work.merges.shape[0],
         num_heads=num_heads,
@@ -134,9 +158,6 @@ def paged_attention(
         lens_stride_head=seq_lens.stride(1) if per_head_lens else 0,
         q_dtype=native.DTYPE_CODES[q.dtype],
         cache_dtype=native.DTYPE_CODES[k_cache.dtype],
-        window=window,
-        num_threads=native.num_threads(),
-        scale=scale,
-        soft_cap=soft_cap,
+        num_threads=max(1, min(native.num_threads(), num_useful_threads)),
     )
-    native.function("kvasir_paged_attention", native.PTR)(ctypes.addressof(params))
+    return Prepared(params, partials)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -23,8 +24,9 @@ class AttentionPlan:
 
     rows: tuple[Row, ...]
     num_tokens: int
-    implementation: str
-    work: Any  # the implementation's own work list
+    module: ModuleType  # the implementation
+    work: Any  # its own work list
+    checked: set[Hashable] = field(default_factory=set)  # layouts of tensors found to fit, one per kind of layer
 
 
 def rows_of(cu_seqlens_q: Tensor | Sequence[int], seq_lens: Tensor | Sequence[int]) -> tuple[Row, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ def paged_attention(
     out: Tensor,
     lse: Tensor | None,
     plan: AttentionPlan,
+    layout: Hashable,
 ) -> None:
     """See `kernels.paged_attention.paged_attention`; writes out [T, H, Dv] and lse [T, H]."""
     num_heads, block_size = q.shape[1], k_cache.shape[2]

@@ -27,10 +27,11 @@ struct TileRows {
   const T* values[kTileKeys];
 };
 
-template <class T>
+// kLevel as of __builtin_prefetch: 3 is the first-level cache, 2 the second.
+template <int kLevel, class T>
 KVASIR_INLINE void prefetch_row(const T* row, int dim) {
   constexpr int kLine = 64 / sizeof(T);
-  for (int d = 0; d < dim; d += kLine) __builtin_prefetch(row + d);
+  for (int d = 0; d < dim; d += kLine) __builtin_prefetch(row + d, 0, kLevel);
 }
 
 KVASIR_INLINE float exp_scalar(float x) { return exp(broadcast(x))[0]; }
@@ -59,15 +60,16 @@ KVASIR_INLINE void score_block(const float* q, const T* const* keys, int dim, fl
 }
 
 // `next`, unless null, is the following tile: its rows are asked for in step with the work on this one. Blocks of the
-// cache lie scattered, and the processor's own prefetching ends with each.
+// cache lie scattered, and the processor's own prefetching ends with each. Values, needed later, would push keys out of
+// the first-level cache.
 template <class T, int kRows>
 KVASIR_INLINE void score_rows(const float* q, const T* const* keys, int dim, int dim_v, Range range, float* s,
                               const TileRows<T>* next) {
   constexpr int kKeys = kLanes / kRows;
   for (int j = range.begin / kKeys * kKeys; j < range.end; j += kKeys) {
     for (int c = j; next != nullptr && c < j + kKeys; ++c) {
-      prefetch_row(next->keys[c], dim);
-      prefetch_row(next->values[c], dim_v);
+      prefetch_row<3>(next->keys[c], dim);
+      prefetch_row<2>(next->values[c], dim_v);
     }
     score_block<T, kRows>(q, keys + j, dim, s + j);
   }

@@ -5,6 +5,8 @@ The fallback where no compiler exists. Holds scores of one row at a time.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ def paged_attention(
     out: Tensor,
     lse: Tensor | None,
     plan: AttentionPlan,
+    layout: Hashable,
 ) -> None:
     """See `kernels.paged_attention.paged_attention`; writes out [T, H, Dv] and lse [T, H]."""
     num_kv_heads = block_table.shape[1] if block_table.dim() == 3 else k_cache.shape[1]

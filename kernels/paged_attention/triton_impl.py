@@ -11,6 +11,8 @@ inference" (split keys).
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -195,6 +197,7 @@ def paged_attention(
     out: Tensor,
     lse: Tensor | None,
     plan: AttentionPlan,
+    layout: Hashable,
 ) -> None:
     """See `kernels.paged_attention.paged_attention`; writes out [T, H, Dv] and lse [T, H]."""
     work: Work = plan.work

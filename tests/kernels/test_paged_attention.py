@@ -274,13 +274,43 @@ def test_disagreeing_inputs_are_refused_by_name(change, message):
         replace(batch, **change).run()
 
 
+def test_a_plan_that_fitted_once_is_checked_again_for_other_tensors():
+    batch = make_batch([(1, 20), (7, 20)])
+    plan = plan_attention(batch.cu_seqlens_q, batch.seq_lens, num_kv_heads=2)
+    batch.run(plan=plan)
+    with pytest.raises(ValueError, match="does not fit 2 kv heads"):
+        replace(batch, q=batch.q[..., :8]).run(plan=plan)
+    with pytest.raises(ValueError, match=r"sinks is \[3\]"):
+        batch.run(plan=plan, sinks=torch.zeros(3))
+
+
 def test_a_plan_of_another_implementation_is_refused():
     batch = make_batch([(1, 20)])
     with backend.using("reference"):
         plan = plan_attention([0, 1], [20], num_kv_heads=2)
-    with backend.using("torch"), pytest.raises(ValueError, match="made for the reference implementation, torch runs"):
+    with (
+        backend.using("torch"),
+        pytest.raises(ValueError, match=r"made by kernels\.paged_attention\.reference, .*torch_impl runs"),
+    ):
         batch.run(plan=plan)
 
 
 def test_reference_covers_every_implementation_option():
     assert reference.paged_attention.__annotations__.keys() == cpp_impl.paged_attention.__annotations__.keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [[(1, 3000), (1, 17)], [(9, 2000), (3, 40)], [(700, 900), (1, 33)]])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_triton_on_a_gpu_errs_at_most_twice_as_much_as_torch(dtype, dims, rows):
+    batch = make_batch(rows, heads=(8, 2), dims=dims, dtype=dtype).to(torch.device("cuda"))
+    results = {}
+    for name in ("triton", "torch"):
+        with backend.using(name):
+            results[name] = batch.run(window=1500)
+    exact = replace(batch, q=batch.q.float(), k_cache=batch.k_cache.float(), v_cache=batch.v_cache.float())
+    with backend.using("torch"):
+        expected = exact.run(window=1500)
+    testing.assert_at_most_twice_the_error(results["triton"], results["torch"], expected)
