@@ -39,11 +39,10 @@ RETRY_WHILE_LOADING_S = 2
 
 @dataclass(frozen=True)
 class EngineState:
-    """Where the engine is. `detail` is a sentence for operators, `share` the part done of the phase in [0, 1]."""
+    """Where the engine is. `detail` is a sentence for operators."""
 
     phase: EnginePhase = "starting"
     detail: str = ""
-    share: float = 0.0
 
     @property
     def is_ready(self) -> bool:
@@ -279,20 +278,21 @@ class AsyncEngine:
 
     def engine_progress(self, phase: ipc.Phase) -> None:
         name: EnginePhase = "warming" if phase.phase == "warming" else "loading"
-        self._set_state(EngineState(name, phase.detail, phase.share))
+        share = f", {phase.share:.0%} done" if phase.share else ""
+        self._set_state(EngineState(name, phase.detail + share))
 
     def engine_ready(self, ready: ipc.Ready) -> None:
         self.info = ready.info
         self._is_loaded = True
         self._become_ready()
 
-    def engine_message(self, message: ipc.Outputs | ipc.Rejected | ipc.CallResult) -> None:
+    def engine_message(self, message: ipc.Outputs | ipc.Rejected) -> None:
         if isinstance(message, ipc.Outputs):
             self._take_outputs(message)
-        elif isinstance(message, ipc.Rejected):
-            stream = self._streams.get(message.request_id)
-            if stream is not None:
-                stream.fail(to_exception(message.code, message.message, retry_after_s=message.retry_after_s))
+            return
+        stream = self._streams.get(message.request_id)
+        if stream is not None:
+            stream.fail(to_exception(message.code, message.message, retry_after_s=message.retry_after_s))
 
     def engine_lost(self) -> None:
         self._is_loaded = False

@@ -57,7 +57,7 @@ class ModelConfig:
 class CacheConfig:
     """The KV cache pool."""
 
-    block_size: int = option(16, "tokens per cache block (a power of two)", low=1, high=1024)
+    block_size: int = option(16, "tokens per cache block", low=1, high=1024)
     num_blocks: int | None = option(None, "blocks in the pool; default: as many as kv-cache-memory-mib holds", low=2)
     kv_cache_memory_mib: int | None = option(None, "memory for the pool; default: a share of what is free", low=1)
     kv_cache_memory_fraction: float = option(
@@ -88,7 +88,7 @@ class SchedulerConfig:
 class RuntimeConfig:
     """How the engine process runs."""
 
-    threads: int | None = option(None, "CPU threads for kernels; default: all cores", low=1)
+    threads: int | None = option(None, "CPU threads for kernels; default: all cores it may use", low=1)
     deterministic: bool = option(False, "kernels whose result for a row does not depend on the other rows; slower")
     kernel_backend: str = option(
         "auto", "implementation of the kernels", choices=("auto", "cpp", "torch", "triton", "reference")
@@ -110,7 +110,6 @@ class ServerConfig:
     port: int = option(8000, "port to bind", low=0, high=65535)
     api_keys: tuple[str, ...] = option((), "accepted keys (at least 32 characters each)", secret=True)
     api_key_file: str | None = option(None, "file with one accepted key per line")
-    admin_api_keys: tuple[str, ...] = option((), "keys for the admin routes, which do not exist without", secret=True)
     allow_unauthenticated: bool = option(False, "serve without keys on a public address")
     metrics_port: int | None = option(
         None, "serve /metrics on a loopback port of its own instead of the API port", low=0, high=65535
@@ -144,7 +143,7 @@ class Limits:
     max_prompts: int = option(32, "prompts of a completion request", low=0)
     max_choices: int = option(16, "n and best_of", low=0)
     max_total_choices: int = option(64, "prompts times n", low=0)
-    max_completion_logprobs: int = option(20, "logprobs of a completion request", low=0)
+    max_completion_logprobs: int = option(5, "logprobs of a completion request", low=0)
     max_top_logprobs: int = option(20, "top_logprobs of a chat request, prompt_logprobs of either", low=0)
     max_stop_strings: int = option(4, "stop strings", low=0)
     max_stop_chars: int = option(256, "characters of a stop string", low=0)

@@ -16,6 +16,10 @@ from engine.errors import ConfigError
 
 TRUE_WORDS = frozenset({"1", "true", "yes", "on"})
 FALSE_WORDS = frozenset({"0", "false", "no", "off"})
+TYPE_WORDS = {int: "a whole number", float: "a number", str: "text"}
+VARIABLE_PREFIX = "KVASIR_"
+# read elsewhere: by the terminal client and by the build of the kernels
+OTHER_VARIABLES = frozenset({"KVASIR_URL", "KVASIR_API_KEY", "KVASIR_CACHE_DIR", "KVASIR_CPU_ISA"})
 SECTION_TITLES = {
     "model": "model",
     "cache": "KV cache",
@@ -53,6 +57,14 @@ def load(
     return Config(**built)
 
 
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """KVASIR_* variables that set nothing: most likely misspelled. Not an error: orchestrators set some unasked."""
+    options = {_variable(field) for section in sections().values() for field in dataclasses.fields(section)}
+    return sorted(
+        name for name in environ if name.startswith(VARIABLE_PREFIX) and name not in options | OTHER_VARIABLES
+    )
+
+
 def describe(config: Config) -> dict[str, Any]:
     """All options as one flat mapping, secrets replaced: for the start-up log."""
     flat: dict[str, Any] = {}
@@ -76,7 +88,7 @@ def _build_section(
     table = {name.replace("-", "_"): value for name, value in table.items()}
     values: dict[str, Any] = {}
     for field in fields:
-        variable = f"KVASIR_{field.name.upper()}"
+        variable = _variable(field)
         if field.name in table:
             values[field.name] = _convert(table[field.name], hints[field.name], f"{section}.{field.name}")
         if variable in environ:
@@ -87,6 +99,10 @@ def _build_section(
         if field.name in values:
             _check(field, values[field.name])
     return section_type(**values)
+
+
+def _variable(field: dataclasses.Field[Any]) -> str:
+    return VARIABLE_PREFIX + field.name.upper()
 
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
@@ -126,11 +142,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return word in TRUE_WORDS
         raise ConfigError(f"{name} is {value!r}; it must be true or false")
     if isinstance(value, bool | list | dict):
-        raise ConfigError(f"{name} is {value!r}; it must be a {hint.__name__}")
+        raise ConfigError(f"{name} is {value!r}; it must be {TYPE_WORDS[hint]}")
     try:
         return hint(value)
     except ValueError:
-        raise ConfigError(f"{name} is {value!r}; it must be a {hint.__name__}") from None
+        raise ConfigError(f"{name} is {value!r}; it must be {TYPE_WORDS[hint]}") from None
 
 
 def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> None:
@@ -146,5 +162,5 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hin
     if field.metadata.get("choices"):
         kwargs["metavar"] = "{" + ",".join(choice or "none" for choice in field.metadata["choices"]) + "}"
     if typing.get_origin(hint) is tuple:
-        kwargs["action"] = "append"
+        kwargs |= {"action": "append", "help": text + "; several: repeat it or separate them with commas"}
     group.add_argument(flag, **kwargs)

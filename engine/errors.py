@@ -95,10 +95,9 @@ class NotReady(CapacityError):
 
 
 class EngineError(KvasirError):
-    """Our own fault. `retryable` says whether the same request may succeed later."""
+    """Our own fault."""
 
     code = "internal_error"
-    retryable = True
 
 
 class EngineDead(EngineError):
@@ -111,7 +110,6 @@ class NumericalError(EngineError):
     """The model produced NaN or infinite logits for this request."""
 
     code = "numerical_error"
-    retryable = False
 
 
 class DeadlineExceeded(EngineError):

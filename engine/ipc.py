@@ -52,14 +52,6 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Leave the loop after the current step."""
 
 
-class Call(msgspec.Struct, frozen=True, tag=True):
-    """A control operation, answered by a CallResult with the same id."""
-
-    call_id: int
-    name: str
-    arguments: dict[str, Any] = {}
-
-
 class Phase(msgspec.Struct, frozen=True, tag=True):
     """Progress of starting up: "loading" or "warming", what, and the share done in [0, 1]."""
 
@@ -104,12 +96,6 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
     retry_after_s: int = 1
 
 
-class CallResult(msgspec.Struct, frozen=True, tag=True):
-    call_id: int
-    result: dict[str, Any] = {}
-    error: str | None = None
-
-
 class Fatal(msgspec.Struct, frozen=True, tag=True):
     """The engine cannot go on. `is_config`: a restart would fail in the same way."""
 
@@ -117,8 +103,8 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     is_config: bool
 
 
-ToEngine = AddRequest | Abort | Shutdown | Call
-FromEngine = Phase | Ready | Outputs | Heartbeat | Rejected | CallResult | Fatal
+ToEngine = AddRequest | Abort | Shutdown
+FromEngine = Phase | Ready | Outputs | Heartbeat | Rejected | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 
@@ -167,7 +166,6 @@ class EngineMetrics:
     def __init__(self, make: MetricFactory) -> None:
         self._make = make
         self._seen: dict[str, float] = {}
-        self._reported_at: float | None = None
         self.info: ModelInfo | None = None
         _build_info(make)
         make.gauge("kvasir_start_time_seconds", "When the front end started, in Unix time").set_to_current_time()
@@ -177,7 +175,9 @@ class EngineMetrics:
             "kvasir_startup_phase_seconds", "Duration of each phase of the last start", "phase", STATES[:3]
         )
         self.restarts = make.counter("kvasir_engine_restarts", "Starts of the engine process after the first")
-        self.heartbeat_age = make.gauge("kvasir_engine_heartbeat_age_seconds", "Age of the engine's last report")
+        self.heartbeat_age = make.gauge(
+            "kvasir_engine_heartbeat_age_seconds", "Time since the engine process last sent anything"
+        )
         self._define_queue(make)
         self._define_steps(make)
         self._define_tokens(make)
@@ -242,7 +242,6 @@ class EngineMetrics:
 
     def update(self, stats: EngineStats) -> None:
         """Takes over one report of the core. The lists in it hold what happened since the report before."""
-        self._reported_at = time.monotonic()
         self.running.set(stats.num_running)
         self.waiting.set(stats.num_waiting)
         self.queue_tokens.set(stats.waiting_tokens)
@@ -272,12 +271,13 @@ class EngineMetrics:
         ):
             self._advance(counter, name, getattr(stats, name))
 
-    def set_state(self, phase: str, *, is_ready: bool) -> None:
+    def set_state(self, phase: str, *, is_ready: bool, num_restarts: int, heartbeat_age_s: float) -> None:
+        """Once per scrape."""
         self.ready.set(is_ready)
         for name, gauge in self.state.items():
             gauge.set(name == phase)
-        if self._reported_at is not None:
-            self.heartbeat_age.set(time.monotonic() - self._reported_at)
+        self.heartbeat_age.set(heartbeat_age_s)
+        self._advance(self.restarts, "restarts", num_restarts)
 
     def _update_blocks(self, stats: EngineStats) -> None:
         counts = {"free": stats.blocks_free, "active": stats.blocks_active, "cached": stats.blocks_cached}

@@ -245,8 +245,6 @@ class _EngineLoop:
             self._add(message)
         elif isinstance(message, ipc.Abort):
             self._core.abort(message.request_id, message.choice)
-        elif isinstance(message, ipc.Call):
-            self._link.send(ipc.CallResult(message.call_id, error=f"unknown call {message.name!r}"))
 
     def _add(self, message: ipc.AddRequest) -> None:
         request = message.request

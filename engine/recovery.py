@@ -10,17 +10,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from engine.errors import EngineDead
+from engine.errors import EngineError
 from engine.stream import RequestStream
 
 NUM_RESTARTS_TOGETHER = 1
 
 
-class PoisonedRequest(EngineDead):
-    """The engine died each time it ran this request."""
-
-    code = "engine_dead"
-    retryable = False
+class PoisonedRequest(EngineError):
+    """The engine died each time it ran this request. Not an EngineDead, which invites clients to send it again."""
 
 
 class Recovery:

@@ -47,7 +47,7 @@ class Listener(Protocol):
 
     def engine_ready(self, ready: ipc.Ready) -> None: ...
 
-    def engine_message(self, message: ipc.Outputs | ipc.Rejected | ipc.CallResult) -> None: ...
+    def engine_message(self, message: ipc.Outputs | ipc.Rejected) -> None: ...
 
     def engine_lost(self) -> None:
         """The process ended or is about to be killed; no message of this one follows."""
@@ -279,5 +279,5 @@ def _kill(process: asyncio.subprocess.Process) -> None:
 
 def _without_secrets(config: Config) -> Config:
     """The engine needs no keys."""
-    server = dataclasses.replace(config.server, api_keys=(), admin_api_keys=(), api_key_file=None)
+    server = dataclasses.replace(config.server, api_keys=(), api_key_file=None)
     return dataclasses.replace(config, server=server)

@@ -56,8 +56,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     tenant: str = ""  # fairness and prefix-sharing domain: a digest of the API key
     cache_salt: str = ""  # further splits the prefix cache inside a tenant
     deadline_s: float | None = None  # seconds from arrival in the core until the request is ended
-    kv_policy: dict[str, Any] | None = None  # cache compression choice, see engine.compression
-    speculative: dict[str, Any] | None = None  # drafting choice, see engine.speculation
+    kv_policy: dict[str, Any] | None = None  # cache compression choice; refused at admission: there is none yet
+    speculative: dict[str, Any] | None = None  # drafting choice; likewise
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -173,7 +173,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def kv_cache_tokens(self) -> int:
-        return self.num_blocks * self.block_size
+        """What requests can hold: block 0 is the null block."""
+        return (self.num_blocks - 1) * self.block_size
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -43,15 +43,18 @@ class Keyring:
 
 def load_keys(config: ServerConfig) -> Keyring:
     """Keys of the options and of the key file. Raises ConfigError for a short key or an unreadable file."""
-    keys = [*config.api_keys, *config.admin_api_keys]
+    keys = list(config.api_keys)
     if config.api_key_file is not None:
         try:
             lines = Path(config.api_key_file).read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the API key file: {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ConfigError(
+                f"cannot read the API key file {config.api_key_file!r}: {reason}; name another with --api-key-file"
+            ) from None
         keys += [line.strip() for line in lines if line.strip()]
         if not keys:
-            raise ConfigError("the API key file has no key; put one per line")
+            raise ConfigError(f"the API key file {config.api_key_file!r} has no key; put one per line")
     for key in keys:
         if len(key) < MIN_KEY_CHARS:
             raise ConfigError(

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.config import Config
-from engine.config_load import add_flags, describe, load
+from engine.config_load import add_flags, load, unknown_variables
 from engine.errors import ConfigError
 from engine.version import __version__
+
+logger = logging.getLogger("server.cli")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
@@ -21,9 +23,11 @@ LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     os.umask(0o077)
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
+        if argv[:1] == ["bench"]:  # its flags are those of `loadtest.run`
+            return _bench(argv[1:])
+        arguments = _parser().parse_args(argv)
         return int(arguments.run(arguments))
     except ConfigError as error:
         print(f"kvasir: {error}", file=sys.stderr)
@@ -35,12 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvasir",
+        allow_abbrev=False,  # a cut-off or misspelled flag must not set another option
         description="Kvasir: an OpenAI-compatible LLM server whose KV cache is a programmable resource.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     serve = commands.add_parser(
         "serve",
+        allow_abbrev=False,
+        usage="kvasir serve [-h] [--config FILE] [OPTIONS] [MODEL]",
         help="start the HTTP server",
         description="Start the HTTP server. Options come from --config, then KVASIR_* variables, then flags; the later "
         "one wins: --max-model-len 4096 equals KVASIR_MAX_MODEL_LEN=4096.",
@@ -50,20 +57,18 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(serve)
     serve.set_defaults(run=_serve)
 
-    chat = commands.add_parser("chat", help="talk to a running server in the terminal")
+    chat = commands.add_parser("chat", allow_abbrev=False, help="talk to a running server in the terminal")
     _add_client_flags(chat)
     chat.add_argument("--system", help="system message")
     chat.add_argument("message", nargs="*", help="one message; without it, an interactive conversation")
     chat.set_defaults(run=_chat)
 
-    complete = commands.add_parser("complete", help="complete one text with a running server")
+    complete = commands.add_parser("complete", allow_abbrev=False, help="complete one text with a running server")
     _add_client_flags(complete)
     complete.add_argument("prompt", nargs="*", help="the text; without it, standard input")
     complete.set_defaults(run=_complete)
 
-    bench = commands.add_parser("bench", help="measure an OpenAI-compatible server", add_help=False)
-    bench.add_argument("rest", nargs=argparse.REMAINDER)
-    bench.set_defaults(run=_bench)
+    commands.add_parser("bench", help="measure an OpenAI-compatible server")
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=lambda arguments: print(__version__) or 0)
@@ -76,7 +81,7 @@ def _add_client_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--api-key", default=os.environ.get("KVASIR_API_KEY"), help="key, or KVASIR_API_KEY")
     parser.add_argument("--model", help="served model; default: the first one")
-    parser.add_argument("--max-tokens", type=int, help="longest answer in tokens")
+    parser.add_argument("--max-tokens", type=int, help="longest answer in tokens; default: the server's")
     parser.add_argument("--temperature", type=float, help="0 is greedy; default: the server's")
     parser.add_argument("--seed", type=int, help="for a reproducible answer")
 
@@ -84,8 +89,8 @@ def _add_client_flags(parser: argparse.ArgumentParser) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     config = _config_of(arguments)
     logging.basicConfig(level=config.server.log_level.upper(), format=LOG_FORMAT)
-    settings = " ".join(f"{name}={value!r}" for name, value in describe(config).items())
-    logging.getLogger(__name__).info("kvasir %s: %s", __version__, settings)
+    for name in unknown_variables(os.environ):
+        logger.warning("%s is not an option and has no effect; `kvasir serve --help` lists them", name)
     from server.lifecycle import run
 
     return run(config)
@@ -120,10 +125,10 @@ def _client(arguments: argparse.Namespace) -> Any:
     return Client(arguments.url, arguments.api_key, arguments.model, options)
 
 
-def _bench(arguments: argparse.Namespace) -> int:
+def _bench(argv: Sequence[str]) -> int:
     from loadtest.run import main as bench
 
-    return bench(arguments.rest)
+    return bench(argv)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,12 @@ class Engine(Protocol):
         """Served names, the first is the one that answers carry."""
 
     @property
-    def stats(self) -> EngineStats: ...
+    def num_restarts(self) -> int:
+        """Starts of the engine process after the first."""
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the engine process last sent anything; small also while it is idle."""
 
     async def start(self) -> None:
         """Starts the engine in the background and returns at once."""

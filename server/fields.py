@@ -152,12 +152,16 @@ def _strings(limit_name: str, *, single: bool) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _logit_bias(value: Any, info: ValidationInfo) -> dict[int, float]:
+def _small_object(value: Any, limit: int, what: str = "an object") -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise wrong_type("an object from token ids to numbers")
-    limit = limit_of(info, "max_logit_bias")
+        raise wrong_type(what)
     if len(value) > limit:
         raise wrong_value(f"must have at most {limit} entries")
+    return value
+
+
+def _logit_bias(value: Any, info: ValidationInfo) -> dict[int, float]:
+    value = _small_object(value, limit_of(info, "max_logit_bias"), "an object from token ids to numbers")
     bias: dict[int, float] = {}
     for key, amount in value.items():
         # the key is not shown in the error: it is the client's text
@@ -168,20 +172,11 @@ def _logit_bias(value: Any, info: ValidationInfo) -> dict[int, float]:
 
 
 def _metadata(value: Any, info: ValidationInfo) -> dict[str, Any]:
-    limit = limit_of(info, "max_metadata")
-    if not isinstance(value, dict):
-        raise wrong_type("an object")
-    if len(value) > limit:
-        raise wrong_value(f"must have at most {limit} entries")
-    return value
+    return _small_object(value, limit_of(info, "max_metadata"))
 
 
 def _template_kwargs(value: Any, info: ValidationInfo) -> dict[str, Any]:
-    limit = limit_of(info, "max_template_kwargs")
-    if not isinstance(value, dict):
-        raise wrong_type("an object")
-    if len(value) > limit:
-        raise wrong_value(f"must have at most {limit} entries")
+    value = _small_object(value, limit_of(info, "max_template_kwargs"))
     if not all(item is None or isinstance(item, str | int | float) for item in value.values()):
         raise wrong_value("must hold strings, numbers, booleans and nulls only")
     return {name: item for name, item in value.items() if item is not None}

@@ -74,7 +74,12 @@ def metrics_routes(context: ServerContext) -> APIRouter:
 
     @router.get("/metrics")
     async def metrics(request: Request) -> Response:
-        context.metrics.engine.set_state(context.phase, is_ready=context.is_ready)
+        context.metrics.engine.set_state(
+            context.phase,
+            is_ready=context.is_ready,
+            num_restarts=context.engine.num_restarts,
+            heartbeat_age_s=context.engine.heartbeat_age_s,
+        )
         encoder, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encoder(context.metrics.registry), headers={"Content-Type": content_type})
 

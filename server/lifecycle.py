@@ -15,7 +15,10 @@ from collections.abc import AsyncIterator, Iterator
 import uvicorn
 
 from engine.config import Config
+from engine.config_load import describe
 from engine.errors import ConfigError, EngineDead, NotReady
+from engine.launch import resolve_model_path
+from engine.version import __version__
 from server.app import create_app, make_context, metrics_app
 from server.context import ServerContext
 from server.engine_api import Engine
@@ -38,6 +41,7 @@ async def serve(config: Config) -> int:
     """As `run`, in a running event loop."""
     from engine.client import AsyncEngine
 
+    resolve_model_path(config.model.model)  # a wrong path is told at once, before a port is opened
     return await prepare(AsyncEngine(config), config).serve_to_end()
 
 
@@ -69,8 +73,10 @@ class DrainingServer(uvicorn.Server):
     async def serve_to_end(self) -> int:
         """Returns the exit code. Raises ConfigError when the engine could not be started at all."""
         engine = self.context.engine
-        logger.info("listening on %s; /readyz tells when the model is loaded", self.context.url)
         async with _metrics_server(self.context):
+            settings = " ".join(f"{name}={value!r}" for name, value in describe(self.context.config).items())
+            logger.info("kvasir %s: %s", __version__, settings)
+            logger.info("listening on %s; /readyz tells when the model is loaded", self.context.url)
             await self.serve(sockets=[self._listener])
         if self.is_forced:
             # uvicorn skips the end of the lifespan then, which stops the engine
@@ -97,9 +103,11 @@ class DrainingServer(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     async def on_tick(self, counter: int) -> bool:
-        if self.context.engine.state.phase == "dead" and self.exit_code == 0:
+        engine = self.context.engine
+        if engine.state.phase == "dead" and self.exit_code == 0:
             self.exit_code = 1
-            logger.critical("the engine has stopped for good: %s", self.context.engine.state.detail)
+            if engine.info is not None:  # one that never ran is the ConfigError of `serve_to_end`
+                logger.critical("the engine has stopped for good: %s", engine.state.detail)
             self._end_with(EngineDead("the engine has stopped and will not be restarted"), drain_s=0.0)
         return await super().on_tick(counter)
 
@@ -156,8 +164,8 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the port. Raises ConfigError with the remedy."""
+def bind(host: str, port: int, *, flag: str = "--port") -> socket.socket:
+    """A socket that holds the port, which `flag` sets. Raises ConfigError with the remedy."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"port is {port}; it must be at least 0 and at most 65535")
     try:
@@ -175,7 +183,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConfigError(
             f"cannot listen on port {port} of {host!r}: {error.strerror}; stop what uses it, or choose another with "
-            "--port"
+            f"{flag}"
         ) from None
     listener.setblocking(False)
     return listener
@@ -206,7 +214,7 @@ async def _metrics_server(context: ServerContext) -> AsyncIterator[None]:
     if port is None:
         yield
         return
-    listener = bind("127.0.0.1", port)
+    listener = bind("127.0.0.1", port, flag="--metrics-port")
     config = uvicorn.Config(
         metrics_app(context), ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False
     )

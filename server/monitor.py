@@ -40,16 +40,20 @@ class _PhaseWatch:
         now = time.monotonic()
         if self._phase in LOADING_PHASES:
             metrics.startup_seconds[self._phase].set(now - self._since)
-        if self._was_ready and self._phase not in LOADING_PHASES and phase in LOADING_PHASES:
-            metrics.restarts.inc()
         logger.info("engine: %s after %.1f s in %s", phase, now - self._since, self._phase)
         self._phase, self._since = phase, now
-        info = self._context.engine.info
+        info, config = self._context.engine.info, self._context.config
         if phase == "ready" and info is not None:
             if not self._was_ready:
-                logger.info(startup_report(info, self._context.engine.model_names[0], self._context.url))
+                logger.info(
+                    startup_report(
+                        info,
+                        self._context.engine.model_names[0],
+                        self._context.url,
+                        max_num_seqs=config.scheduler.max_num_seqs,
+                    )
+                )
             self._was_ready = True
-            config = self._context.config
             labels = {
                 "block_size": str(info.block_size),
                 "kv_dtype": config.cache.kv_cache_dtype,

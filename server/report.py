@@ -7,18 +7,19 @@ from engine.types import ModelInfo
 MIB = 1024 * 1024
 
 
-def startup_report(info: ModelInfo, model_name: str, url: str) -> str:
+def startup_report(info: ModelInfo, model_name: str, url: str, *, max_num_seqs: int) -> str:
     """A few lines of text: model, kernels, cache and address."""
     tokens = info.kv_cache_tokens
-    cache = f"{tokens} tokens in {info.num_blocks} blocks of {info.block_size}, {info.kv_cache_bytes / MIB:.1f} MiB"
+    cache = f"{tokens} tokens in blocks of {info.block_size}, {info.kv_cache_bytes / MIB:.1f} MiB"
     lengths = sorted({max(info.max_model_len // divisor, 1) for divisor in (1, 4, 16)}, reverse=True)
-    fits = ", ".join(f"{tokens // length} of {length} tokens" for length in lengths)
+    num_blocks = tokens // info.block_size
+    fits = ", ".join(f"{num_blocks // -(-length // info.block_size)} of {length} tokens" for length in lengths)
     kernels = ", ".join(f"{op} {name}" for op, name in sorted(info.kernels.items()))
     lines = [
         f"ready: {model_name} ({info.architecture}, {info.dtype} on {info.device}, {info.weight_bytes / MIB:.1f} MiB)",
         f"kernels: {kernels or 'none reported'}",
         f"KV cache: {cache}",
-        f"requests that fit at once: {fits}",
+        f"requests that the cache holds at once: {fits}; at most {max_num_seqs} run in one step (--max-num-seqs)",
     ]
     if info.generation_defaults:
         defaults = ", ".join(f"{name}={value}" for name, value in sorted(info.generation_defaults.items()))

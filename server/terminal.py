@@ -22,7 +22,10 @@ class Client:
         base = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.url = base
-        self._http = httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(TIMEOUT_S, connect=5.0))
+        try:
+            self._http = httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(TIMEOUT_S, connect=5.0))
+        except (httpx.InvalidURL, UnicodeEncodeError) as error:
+            raise ConfigError(f"the URL {url!r} or the API key cannot be used: {error}") from None
         self._options = options
         self.model = model or self._first_model()
 
@@ -40,10 +43,10 @@ class Client:
 
     def _first_model(self) -> str:
         response = self._request("GET", "/v1/models")
-        models = response.json().get("data", [])
-        if not models:
-            raise ConfigError(f"{self.url} serves no model")
-        return str(models[0]["id"])
+        try:
+            return str(response.json()["data"][0]["id"])
+        except (ValueError, LookupError, TypeError):
+            raise ConfigError(f"{self.url} lists no model; is it an OpenAI-compatible server?") from None
 
     def _request(self, method: str, path: str) -> httpx.Response:
         try:
@@ -96,9 +99,13 @@ def chat(client: Client, *, system: str | None, message: str) -> int:
             messages = list(start)
             continue
         if text:
-            messages.append({"role": "user", "content": text})
-            answer = _print_stream(client.stream_chat(messages))
-            messages.append({"role": "assistant", "content": answer})
+            question = {"role": "user", "content": text}
+            try:
+                answer = _print_stream(client.stream_chat([*messages, question]))
+            except ConfigError as error:  # one message that failed, for instance a full context, is not the end
+                print(f"kvasir: {error}", file=sys.stderr)
+                continue
+            messages += [question, {"role": "assistant", "content": answer}]
 
 
 def complete(client: Client, prompt: str) -> int:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from engine import children, supervisor
+from engine import children, ipc, supervisor
 from engine.client import AsyncEngine
 from engine.config import Config, Limits, ModelConfig, RuntimeConfig, SchedulerConfig, ServerConfig
 from engine.errors import (
@@ -34,6 +34,7 @@ from engine.errors import (
     TemplateError,
     UnsupportedParameter,
 )
+from engine.recovery import PoisonedRequest
 from engine.types import ChatPrompt, EngineStats, GenerationRequest, SamplingParams, TextOutput
 from tests.fake_engine_process import EOS, MAX_MODEL_LEN, POISON, VOCAB_SIZE
 from tests.text import vocabularies
@@ -418,9 +419,8 @@ async def test_a_request_that_kills_the_engine_ends_alone(start: Start, monkeypa
     engine = await start()
     others = [asyncio.create_task(collect(engine, request(f"hello {index}", max_tokens=100))) for index in range(3)]
     await until(lambda: engine.stats.num_running == 3)
-    with pytest.raises(EngineDead, match="do not send it again") as caught:
+    with pytest.raises(PoisonedRequest, match="do not send it again"):
         await collect(engine, request([5, POISON]))
-    assert not caught.value.retryable
     finished = await asyncio.gather(*others)
     assert [len(ids_of(outputs[0])) for outputs in finished] == [100, 100, 100]
     assert engine.num_restarts == 3
@@ -439,7 +439,7 @@ async def test_a_hanging_engine_is_killed_and_replaced(start: Start, monkeypatch
 
 async def test_a_step_that_never_ends_is_a_hang_although_heartbeats_come(start: Start) -> None:
     engine = await start(runtime=RuntimeConfig(heartbeat_s=0.05, hang_timeout_s=0.5, faults="forward_sleep:3:1"))
-    with pytest.raises(EngineDead):  # every engine process hangs at its third step
+    with pytest.raises(PoisonedRequest):  # every engine process hangs at its third step
         await collect(engine, request())
     assert engine.num_restarts >= 2
 
@@ -509,11 +509,18 @@ async def test_a_broken_metrics_hook_does_not_stop_the_service(start: Start, cap
     await until(lambda: "could not be processed" in caplog.text)
 
 
+async def test_the_state_says_how_much_is_loaded() -> None:
+    engine = AsyncEngine(Config())
+    engine.engine_progress(ipc.Phase("loading", "weights", 0.42))
+    assert (engine.state.phase, engine.state.detail) == ("loading", "weights, 42% done")
+
+
 async def test_a_bug_in_the_background_ends_the_engine_visibly(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = await start()
 
     def broken(message: object) -> None:
-        raise KeyError("a bug")
+        if getattr(message, "outputs", None):  # not the idle report, which may come before the request is sent
+            raise KeyError("a bug")
 
     monkeypatch.setattr(engine, "engine_message", broken)
     with pytest.raises(EngineDead, match="internal error"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import Config, sections
-from engine.config_load import add_flags, describe, load
+from engine.config_load import add_flags, describe, load, unknown_variables
 from engine.errors import ConfigError
 
 
@@ -54,6 +54,11 @@ def test_lists_come_from_repeated_flags_commas_and_toml(tmp_path: Path) -> None:
     )
 
 
+def test_a_misspelled_variable_is_found_and_those_of_others_are_not() -> None:
+    environ = {"KVASIR_PORT": "1", "KVASIR_PRT": "1", "KVASIR_URL": "x", "KVASIR_CACHE_DIR": "x", "PORT": "1"}
+    assert unknown_variables(environ) == ["KVASIR_PRT"]
+
+
 def test_an_empty_variable_unsets_an_optional_value() -> None:
     assert load(environ={"KVASIR_MAX_MODEL_LEN": ""}).model.max_model_len is None
 
@@ -69,7 +74,7 @@ def test_secrets_are_hidden_in_the_description() -> None:
     [
         ("[server]\nprot = 1\n", "unknown option 'prot'"),
         ("[servers]\nport = 1\n", r"unknown table \[servers\]"),
-        ("[server]\nport = 'x'\n", "server.port is 'x'; it must be a int"),
+        ("[server]\nport = 'x'\n", "server.port is 'x'; it must be a whole number"),
         ("[server]\nport = 70000\n", "port is 70000; it must be at most 65535"),
         ("[cache]\nenable_prefix_cache = 'maybe'\n", "must be true or false"),
         ("[model]\ndtype = 'int3'\n", "dtype is 'int3'; it must be one of"),

@@ -26,7 +26,6 @@ TO_ENGINE = [
     ipc.Abort("r1"),
     ipc.Abort("r1", 3),
     ipc.Shutdown(),
-    ipc.Call(1, "flush", {"deep": [1, {"a": None}]}),
 ]
 FROM_ENGINE = [
     ipc.Phase("loading", "weights", 0.5),
@@ -37,7 +36,6 @@ FROM_ENGINE = [
     ),
     ipc.Heartbeat(3, 0.25),
     ipc.Rejected("r2", "queue_full", "full", 5),
-    ipc.CallResult(1, {"ok": True}),
     ipc.Fatal("no memory", True),
 ]
 
@@ -78,10 +76,10 @@ def test_a_message_larger_than_a_frame_is_split_and_put_together() -> None:
 
 
 def test_messages_over_the_limit_are_refused_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = ipc.encode(ipc.Call(1, "x" * 1000), max_frame_bytes=100)
+    data = ipc.encode(ipc.Abort("x" * 1000), max_frame_bytes=100)
     monkeypatch.setattr(ipc, "MAX_MESSAGE_BYTES", 500)
     with pytest.raises(ipc.ProtocolError, match="500"):
-        ipc.encode(ipc.Call(1, "x" * 1000))
+        ipc.encode(ipc.Abort("x" * 1000))
     with pytest.raises(ipc.ProtocolError, match="500"):
         list(ipc.Decoder(ipc.ToEngine).feed(data))
 

@@ -70,11 +70,10 @@ async def test_without_a_valid_key_nothing_but_the_public_paths_answers(headers:
         {"Authorization": f"bearer {KEY}"},
         {"X-Api-Key": KEY},
         {"Authorization": f"Bearer {OTHER_KEY}"},
-        {"Authorization": f"Bearer {'a' * 32}"},
     ],
 )
 async def test_every_route_takes_every_kind_of_valid_key(headers: dict[str, str]) -> None:
-    config = make_config(api_keys=(KEY, OTHER_KEY), admin_api_keys=("a" * 32,), enable_docs=True)
+    config = make_config(api_keys=(KEY, OTHER_KEY), enable_docs=True)
     async with app(config=config) as server:
         for method, path in ROUTES[:-1]:
             body = BODIES.get(path)
@@ -130,8 +129,11 @@ def test_keys_are_read_from_a_file_and_short_ones_refused(tmp_path: Path) -> Non
     file.write_text("\n")
     with pytest.raises(ConfigError, match="no key"):
         load_keys(ServerConfig(api_key_file=str(file)))
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match=r"missing': No such file or directory; .*--api-key-file"):
         load_keys(ServerConfig(api_key_file=str(tmp_path / "missing")))
+    file.write_bytes(b"\xff" * 40)
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_keys(ServerConfig(api_key_file=str(file)))
 
 
 async def test_cors_is_absent_unless_configured() -> None:

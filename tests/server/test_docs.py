@@ -40,8 +40,8 @@ def test_every_field_is_documented_as_taken_or_refused() -> None:
 def test_the_startup_report_says_what_fits() -> None:
     info = FakeEngine(generation_defaults={"temperature": 0.6}).info
     assert info is not None
-    text = startup_report(info, "fake", "http://127.0.0.1:8000")
-    assert "1024 tokens in 64 blocks of 16" in text
-    assert "4 of 256 tokens, 16 of 64 tokens" in text
+    text = startup_report(info, "fake", "http://127.0.0.1:8000", max_num_seqs=8)
+    assert "1008 tokens in blocks of 16" in text, "block 0 holds nothing"
+    assert "3 of 256 tokens, 15 of 64 tokens, 63 of 16 tokens; at most 8 run in one step" in text
     assert "temperature=0.6" in text
     assert "http://127.0.0.1:8000/v1" in text

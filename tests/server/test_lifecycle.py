@@ -175,6 +175,8 @@ def test_a_port_in_use_is_one_clear_line() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"port {port} of '127.0.0.1': Address already in use; .*--port"):
             bind("127.0.0.1", port)
+        with pytest.raises(ConfigError, match="another with --metrics-port"):
+            bind("127.0.0.1", port, flag="--metrics-port")
 
 
 @pytest.mark.parametrize(("host", "port"), [("no.such.host.invalid", 0), ("127.0.0.1", 70000), ("203.0.113.7", 0)])

@@ -115,6 +115,15 @@ async def test_reports_of_the_engine_become_counters_also_across_a_restart() -> 
         assert total(text, "kvasir_requests_running") == 0
 
 
+async def test_an_idle_engine_is_not_silent_and_every_restart_counts() -> None:
+    async with app() as server:
+        server.engine.heartbeat_age_s, server.engine.num_restarts = 0.2, 3
+        text = await server.metrics()
+        assert total(text, "kvasir_engine_heartbeat_age_seconds") == 0.2, "idle: no report, but a heartbeat"
+        assert total(text, "kvasir_engine_restarts_total") == 3
+        assert total(await server.metrics(), "kvasir_engine_restarts_total") == 3, "counted once"
+
+
 async def test_state_is_one_hot() -> None:
     engine = FakeEngine(phase="loading")
     async with app(engine) as server:

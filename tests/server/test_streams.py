@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from engine import errors
+from engine.recovery import PoisonedRequest
 from tests.fakes_engine import FakeEngine
 from tests.server.support import (
     CHAT,
@@ -39,6 +40,7 @@ FAULTS: list[tuple[errors.KvasirError | Exception, int, str, str | None, dict[st
     (errors.NotReady("loading"), 503, "unavailable_error", "loading", {"retry-after": "1"}),
     (errors.DeadlineExceeded("late"), 504, "timeout_error", "deadline_exceeded", {"x-should-retry": "false"}),
     (errors.NumericalError("nan"), 500, "server_error", "numerical_error", {"x-should-retry": "false"}),
+    (PoisonedRequest("again"), 500, "server_error", "internal_error", {"x-should-retry": "false"}),
     (errors.EngineDead("dead"), 503, "server_error", "engine_dead", {"retry-after": "5"}),
     (ValueError("secret /path/0xdeadbeef"), 500, "server_error", "internal_error", {"x-should-retry": "false"}),
 ]
