@@ -5,15 +5,20 @@ Importing it is cheap; torch and the model code load inside `build_core`.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from engine.config import Config
 from engine.errors import ConfigError
+from engine.mimir import MODELS, model_path
 from engine.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -25,8 +30,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BUNDLED_MODELS = ("mimir", "mimir-draft")
 MIB = 1024 * 1024
+CGROUP = Path("/sys/fs/cgroup")  # limits of the container, as it sees them
 
 # phase ("loading", "warming"), detail, share done in [0, 1]
 Progress = Callable[[str, str, float], None]
@@ -34,15 +39,13 @@ Progress = Callable[[str, str, float], None]
 
 def resolve_model_path(name: str) -> Path:
     """A bundled model's name or a folder. Raises ConfigError with the remedy when there is no model."""
-    if name in BUNDLED_MODELS:
-        from engine.mimir import model_path
-
-        return Path(model_path(name))
+    if name in MODELS:
+        return model_path(name)
     path = Path(name)
     if not path.is_dir():
         raise ConfigError(
             f"model {name!r} is not a folder; give a folder with config.json and *.safetensors, or one of the bundled "
-            f"models: {', '.join(BUNDLED_MODELS)}"
+            f"models: {', '.join(MODELS)}"
         )
     if not (path / "config.json").is_file():
         raise ConfigError(f"the model folder {name!r} has no config.json; is it the checkpoint's top folder?")
@@ -51,6 +54,7 @@ def resolve_model_path(name: str) -> Path:
 
 def build_core(config: Config, progress: Progress = lambda phase, detail, share: None) -> tuple[EngineCore, ModelInfo]:
     """Loads the model, sizes the cache and wires scheduler and runner. Raises ConfigError."""
+    _check_import_name()
     import kernels.backend
     from engine.models import load_model
 
@@ -60,18 +64,25 @@ def build_core(config: Config, progress: Progress = lambda phase, detail, share:
     if config.runtime.kernel_backend != "auto":
         kernels.backend.use(config.runtime.kernel_backend)
     _check_weights_fit(path, device, config)
-    progress("loading", "weights", 0.0)
-    model = load_model(
-        path,
-        device=device,
-        dtype=config.model.dtype,
-        deterministic=config.runtime.deterministic,
-        load_format=config.runtime.load_format,
-        kind=config.model.load_adapter,
-        progress=lambda done, total: progress("loading", "weights", done / max(total, 1)),
-        seed=config.runtime.seed,
-        max_model_len=config.model.max_model_len,
-    )
+    with tqdm(desc="weights", unit="B", unit_scale=True, disable=None, leave=False) as bar:  # None: on terminals only
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            progress("loading", "weights", done / max(total, 1))
+
+        report(0, 0)
+        model = load_model(
+            path,
+            device=device,
+            dtype=config.model.dtype,
+            deterministic=config.runtime.deterministic,
+            load_format=config.runtime.load_format,
+            kind=config.model.load_adapter,
+            progress=report,
+            seed=config.runtime.seed,
+            max_model_len=config.model.max_model_len,
+        )
     progress("warming", "kernels", 0.0)
     core, info = wire(model, config, device)
     progress("warming", "kernels", 1.0)
@@ -98,13 +109,14 @@ def wire(model: Model, config: Config, device: torch.device) -> tuple[EngineCore
         RowTable(num_rows, size.max_model_len, block_size),
         device,
     )
-    _warm_up(runner)
+    _warm_up(runner, size.max_model_len, block_size)
     scheduler = Scheduler(
         config.scheduler,
         config.cache,
         num_blocks=size.num_blocks,
         max_model_len=size.max_model_len,
         eos_token_ids=model.eos_token_ids,
+        model_name=config.model.model,
     )
     info = ModelInfo(
         architecture=model.architecture,
@@ -131,6 +143,19 @@ class CacheSize:
     max_model_len: int
 
 
+def _check_import_name() -> None:
+    """Another distribution has our import name `kernels`. Raises ConfigError when its files hide ours."""
+    try:
+        metadata.version("kernels")
+    except metadata.PackageNotFoundError:
+        return
+    problem = "the distribution 'kernels' is installed here and shares the import name of our kernels"
+    remedy = "run `pip uninstall kernels`, then install kvasir-llm again"
+    if importlib.util.find_spec("kernels.backend") is None:
+        raise ConfigError(f"{problem}, which it hides; {remedy}")
+    logger.warning("%s; one may overwrite the other: %s", problem, remedy)
+
+
 def _resolve_device(name: str) -> torch.device:
     import torch
 
@@ -144,29 +169,49 @@ def _resolve_device(name: str) -> torch.device:
 def _set_threads(threads: int | None) -> None:
     import torch
 
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or _num_cores())
+
+
+def _num_cores(root: Path = CGROUP) -> int:
+    """Cores that this process may use: more threads than a container's share of them would wait for each other."""
+    cores = len(os.sched_getaffinity(0))
+    if (root / "cpu.max").is_file():
+        quota, period = (root / "cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, round(int(quota) / int(period))))
+    return cores
 
 
 def _resolve_cache_dtype(name: str, device: torch.device, model: Model) -> torch.dtype:
     import torch
 
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+        if model.dtype not in (torch.float32, dtype):
+            raise ConfigError(
+                f"kv_cache_dtype is {name!r}, but the model computes in {model.dtype} and its attention reads a cache "
+                "of that type only; use auto"
+            )
+        return dtype
     # on CPU activations are fp32 whatever the weights are: an fp32 cache keeps the answers those of the plain model
     return torch.float32 if device.type == "cpu" else model.dtype
 
 
 def _check_weights_fit(path: Path, device: torch.device, config: Config) -> None:
-    """Refuses before loading when the files alone exceed the memory that is free."""
+    """Refuses before loading when the weights alone exceed the memory that is free. Raises ConfigError."""
     if device.type != "cpu" or config.runtime.load_format == "dummy":
         return
-    needed = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    if config.model.dtype == "float32":
-        needed *= 2  # 16-bit files become 32-bit weights
+    from engine.models.safetensors_file import ITEM_BYTES, read_checkpoint
+
+    bytes_each = {"float32": 4, "bfloat16": 2, "float16": 2}.get(config.model.dtype)
+    entries = read_checkpoint(path).values()
+    needed = sum(
+        entry.num_bytes // ITEM_BYTES[entry.dtype] * (bytes_each or ITEM_BYTES[entry.dtype]) for entry in entries
+    )
     free = _free_memory(device)
     if needed > free:
         raise ConfigError(
-            f"the weights need about {needed // MIB} MiB and {free // MIB} MiB of memory are free; "
+            f"the weights need about {-(-needed // MIB)} MiB and {free // MIB} MiB of memory are free; "
             "free some memory or choose a smaller model"
         )
 
@@ -183,18 +228,24 @@ def _free_memory(device: torch.device) -> int:
     return free if limit is None else min(free, limit)
 
 
-def _cgroup_headroom() -> int | None:
-    """Bytes left under the container's memory limit, or None when there is none."""
-    root = Path("/sys/fs/cgroup")
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+def _cgroup_headroom(root: Path = CGROUP) -> int | None:
+    """Bytes left under the container's memory limit, or None when there is none.
+
+    Cached file pages count as used there, though the kernel gives them back on demand: a container that has read its
+    weights would look full.
+    """
+    for limit_name, used_name, stat_name, cached_key in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),  # version 2
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
     ):
-        limit_file, used_file = root / limit_name, root / used_name
-        if limit_file.is_file() and used_file.is_file():
-            limit = limit_file.read_text().strip()
+        files = root / limit_name, root / used_name, root / stat_name
+        if all(file.is_file() for file in files):
+            limit, used, stat = (file.read_text().strip() for file in files)
             if limit != "max" and int(limit) < 1 << 60:
-                return max(int(limit) - int(used_file.read_text()), 0)
+                cached = next(
+                    (int(line.split()[1]) for line in stat.splitlines() if line.startswith(f"{cached_key} ")), 0
+                )
+                return max(int(limit) - int(used) + cached, 0)
     return None
 
 
@@ -222,8 +273,8 @@ def _size_cache(config: Config, spec: KVSpec, dtype: torch.dtype, device: torch.
         num_blocks = min(int(free * config.cache.kv_cache_memory_fraction) // block_bytes, useful)
     if num_blocks * block_bytes > free:
         raise ConfigError(
-            f"a KV cache of {num_blocks} blocks needs {num_blocks * block_bytes // MIB} MiB and {free // MIB} MiB are "
-            "free; lower --num-blocks or --kv-cache-memory-mib"
+            f"a KV cache of {num_blocks} blocks needs {-(-num_blocks * block_bytes // MIB)} MiB and {free // MIB} MiB "
+            "are free; lower --num-blocks or --kv-cache-memory-mib"
         )
     usable_tokens = (num_blocks - 1) * block_size  # block 0 is the null block
     if usable_tokens < min(max_len, 2 * block_size):
@@ -242,12 +293,14 @@ def _size_cache(config: Config, spec: KVSpec, dtype: torch.dtype, device: torch.
     return CacheSize(num_blocks=num_blocks, max_model_len=max_len)
 
 
-def _warm_up(runner: ModelRunner) -> None:
+def _warm_up(runner: ModelRunner, max_model_len: int, block_size: int) -> None:
     """One prompt step and one decode step: first-call costs are paid before ready, and a broken model shows."""
     from engine.scheduling.plan import Chunk, NewRow, StepPlan
     from engine.types import SamplingParams
 
-    prompt = [1, 1]
+    prompt = [1] * min(2, max_model_len - 1)
+    blocks = tuple(range(1, 2 + len(prompt) // block_size))  # the null block is not written
+    num_first = -(-len(prompt) // block_size)
     new = NewRow(
         row=0,
         request_id="warm-up",
@@ -258,8 +311,8 @@ def _warm_up(runner: ModelRunner) -> None:
         block_ids=(),
         num_computed=0,
     )
-    first = Chunk(row=0, start=0, num_tokens=2, new_block_ids=(1,), is_sampling=True, output_index=0)
-    second = Chunk(row=0, start=2, num_tokens=1, new_block_ids=(2,), is_sampling=True, output_index=1)
+    first = Chunk(0, 0, len(prompt), blocks[:num_first], is_sampling=True, output_index=0)
+    second = Chunk(0, len(prompt), 1, blocks[num_first:], is_sampling=True, output_index=1)
     for plan in (StepPlan(chunks=(first,), new_rows=(new,)), StepPlan(chunks=(second,)), StepPlan(freed_rows=(0,))):
         errors = [chunk.error for chunk in runner.execute(plan).chunks if chunk.error]
         if errors:

@@ -60,6 +60,8 @@ class FakeEngine:
         self.model_names = model_names
         self.on_stats: Callable[[EngineStats], None] | None = None
         self.stats = EngineStats()
+        self.num_restarts = 0
+        self.heartbeat_age_s = 0.1
         self.seen: list[GenerationRequest] = []
         self.aborted: list[GenerationRequest] = []
         self.num_active = 0

@@ -35,15 +35,16 @@ class PenaltyCounts:
 
     def add(self, row: int, params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         """token_ids: prompt, then what was generated so far; ids without a logit are not counted."""
-        if not self._free:
-            self._grow()
-        slot = self._free.pop()
-        self._slots[row] = slot
-        self._strengths[:, row] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         ids = np.asarray(token_ids, dtype=np.int64)
         prompt = self._bincount(ids[:num_prompt_tokens]) > 0
+        outputs = self._bincount(ids[num_prompt_tokens:])
+        if not self._free:
+            self._grow()
+        slot = self._free[-1]
         self._prompt_mask[slot] = torch.from_numpy(prompt.astype(np.uint8))
-        self._output_counts[slot] = torch.from_numpy(self._bincount(ids[num_prompt_tokens:]).astype(np.int32))
+        self._output_counts[slot] = torch.from_numpy(outputs.astype(np.int32))
+        self._strengths[:, row] = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        self._slots[row] = self._free.pop()  # only now: what raised before has taken nothing
 
     def remove(self, row: int) -> None:
         self._free.append(self._slots.pop(row))
@@ -73,6 +74,7 @@ class PenaltyCounts:
     def _grow(self) -> None:
         before = self._output_counts.shape[0]
         added = max(before, _FIRST_SLOTS)
+        counts = torch.cat([self._output_counts, self._output_counts.new_zeros(added, self._logits_size)])
+        masks = torch.cat([self._prompt_mask, self._prompt_mask.new_zeros(added, self._logits_size)])
+        self._output_counts, self._prompt_mask = counts, masks  # both or, out of memory, neither
         self._free = list(range(before + added - 1, before - 1, -1))
-        self._output_counts = torch.cat([self._output_counts, self._output_counts.new_zeros(added, self._logits_size)])
-        self._prompt_mask = torch.cat([self._prompt_mask, self._prompt_mask.new_zeros(added, self._logits_size)])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from engine.errors import EngineDead, NumericalError
 from engine.execution.batch import build_batch
 from engine.execution.logprobs import prompt_logprobs
 from engine.execution.rows import RowTable
@@ -37,12 +38,21 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Runs one step. May be called again with a part of the chunks after it raised: nothing is applied twice."""
+        """Runs one step. May be called again with a part of the chunks after it raised: nothing is applied twice.
+
+        Raises EngineDead when the device refuses all further work; any other error may be one request's fault.
+        """
+        try:
+            return self._execute(plan)
+        except torch.AcceleratorError as error:  # sticky, unlike running out of memory, which is another class
+            raise EngineDead(f"the device failed and cannot be used again: {error}") from error
+
+    def _execute(self, plan: StepPlan) -> StepResult:
         self._apply(plan)
         if not plan.chunks:
             return StepResult()
         batch = build_batch(plan.chunks, self._rows, self.cache.k.shape[2], self._device)
-        hidden = self.model.forward(batch, self.cache)  # [T, H]
+        hidden = self.model.forward(batch, self.cache)  # [T, C]
         return self._choose(plan.chunks, hidden)
 
     def _apply(self, plan: StepPlan) -> None:
@@ -50,8 +60,6 @@ class ModelRunner:
             if self._params.pop(row, None) is not None:
                 self._sampler.remove_row(row)
         for new in plan.new_rows:
-            if new.row in self._params:
-                self._sampler.remove_row(new.row)
             self._rows.add(new)
             self._params[new.row] = new.sampling
             self._sampler.add_row(new.row, new.sampling, new.choice, new.token_ids, new.num_prompt_tokens)
@@ -68,13 +76,17 @@ class ModelRunner:
         for chunk in chunks:
             end += chunk.num_tokens
             ends.append(end)
+        broken = _broken_chunks(chunks, hidden)
         prompt = {
             i: self._prompt_logprobs(chunk, hidden[ends[i] - chunk.num_tokens : ends[i]])
             for i, chunk in enumerate(chunks)
-            if self._params[chunk.row].prompt_logprobs is not None
+            if self._params[chunk.row].prompt_logprobs is not None and i not in broken
         }
-        sampling = [i for i, chunk in enumerate(chunks) if chunk.is_sampling]
-        results = [ChunkResult(prompt_logprobs=prompt.get(i)) for i in range(len(chunks))]
+        sampling = [i for i, chunk in enumerate(chunks) if chunk.is_sampling and i not in broken]
+        results = [
+            ChunkResult(error=NumericalError.code) if i in broken else ChunkResult(prompt_logprobs=prompt.get(i))
+            for i in range(len(chunks))
+        ]
         if not sampling:
             return StepResult(chunks=tuple(results))
         last = torch.tensor([ends[i] - 1 for i in sampling], dtype=torch.int64, device=self._device)
@@ -107,3 +119,18 @@ class ModelRunner:
             logits = self.model.logits(hidden[i : i + len(part)])
             entries.extend(prompt_logprobs(logits, part.to(logits.device), top_n))
         return tuple(entries)
+
+
+def _broken_chunks(chunks: Sequence[Chunk], hidden: Tensor) -> set[int]:
+    """Indices of chunks in which a hidden state [C] is not finite, of hidden [T, C].
+
+    Sampling looks at a row's last position only, and a sliding window keeps those before it from showing there: their
+    keys and values would be shared through the prefix cache.
+    """
+    if all(chunk.is_sampling and chunk.num_tokens == 1 for chunk in chunks):
+        return set()
+    is_finite = hidden.isfinite().all(dim=1)  # [T]
+    if bool(is_finite.all()):
+        return set()
+    parts = is_finite.split([chunk.num_tokens for chunk in chunks])
+    return {i for i, part in enumerate(parts) if not bool(part.all())}

@@ -63,18 +63,21 @@ class Sampler:
     def add_row(
         self, row: int, params: SamplingParams, choice: int, token_ids: Sequence[int], num_prompt_tokens: int
     ) -> None:
-        """A choice of a request takes the row; token_ids are its prompt and what it has generated before."""
+        """A choice of a request takes the row; token_ids are its prompt and what it has generated before.
+
+        When it raises, the row is as if removed.
+        """
         self.remove_row(row)
         self._floats[:, row] = [getattr(params, name) for name in _FLOATS]
         self._top_k[row] = params.top_k
         self._stream_keys[row] = noise.stream_key(params.seed, choice)
-        self._features[row] = _features(params)
         if params.logprobs is not None:
             self._num_logprobs[row] = params.logprobs
         if RowMask.is_used_by(params):
             self._masks[row] = RowMask(params, token_ids, self._eos_token_ids, self._logits_size, self._device)
         if PenaltyCounts.are_used_by(params):
             self._penalties.add(row, params, token_ids, num_prompt_tokens)
+        self._features[row] = _features(params)  # last: what `remove_row` trusts to be there
 
     def remove_row(self, row: int) -> None:
         if self._features[row] & _PENALTIES:

@@ -8,13 +8,14 @@ from pathlib import Path
 from engine.models.fields import Fields, read_json
 
 _FILE = "generation_config.json"
-# Bounds of the numbers; top_k, max_tokens and the ids are integers.
+# Bounds of the numbers, those of engine.sampling_params: a default that no request may have would refuse them all.
+# top_k, max_tokens and the ids are integers.
 _BOUNDS = {
-    "temperature": (0.0, 100.0),
+    "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
-    "typical_p": (0.0, 1.0),
-    "repetition_penalty": (1e-3, 1e3),
+    "typical_p": (1e-6, 1.0),
+    "repetition_penalty": (0.01, 100.0),
 }
 _ONLY_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 

@@ -14,8 +14,11 @@ def check_servable(request: EngineRequest, cache: CacheManager, max_model_len: i
     """Output tokens that the request may produce: what it asks for, cut to what the context length leaves.
 
     Raises PromptTooLong when prompt and output could not run even with the whole pool, InvalidParameter for a
-    request without prompt, output or choices.
+    request without prompt, output or choices, or with a choice that the engine would have to ignore.
     """
+    for name in ("kv_policy", "speculative"):
+        if getattr(request, name) is not None:
+            raise InvalidParameter(f"{name} is given, but there is none to choose from; leave it out", param=name)
     num_prompt, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
     if num_prompt == 0:
         raise InvalidParameter("the prompt has no tokens; give at least one", param="prompt")

@@ -77,6 +77,8 @@ def plan_violations(scheduler: Scheduler, plan: StepPlan) -> list[str]:
         problems.append(f"the rows {rows} are too many or not unique")
     if not {new.row for new in plan.new_rows} <= set(rows):
         problems.append("a new row has no chunk")
+    if not {row for row, _, _ in plan.table_edits} <= set(rows):
+        problems.append("a table is edited of a row that has no chunk")
     copied = {destination for _, destination in plan.block_copies}
     problems += [
         f"block {block_id} is written by {count} rows"

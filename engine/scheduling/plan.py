@@ -76,7 +76,7 @@ class ChunkResult:
     # When asked for: of prompt positions start + 1 .. start + num_tokens (as far as the prompt goes), each from the
     # logits of the position before it. The scheduler puts the None of position 0 in front.
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
-    error: str | None = None  # "numerical_error": the row's logits are not finite
+    error: str | None = None  # "numerical_error": a hidden state or logit of the chunk is not finite
 
 
 @dataclass(frozen=True, slots=True)

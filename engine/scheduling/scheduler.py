@@ -330,7 +330,7 @@ class Scheduler:
         collect_prompt_logprobs(request, chunk, outcome)
         if not outcome.token_ids:
             return
-        # the logits are finite, and they depend on all keys and values so far: those are finite too
+        # no chunk of this row had an error, so all its keys and values so far are finite
         self.cache.publish(request)
         num_new_tokens, ending = append_tokens(request, outcome.token_ids)
         self._counters.generation_tokens += num_new_tokens

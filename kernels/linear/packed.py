@@ -51,9 +51,10 @@ class PackedLinear(ABC):
     def _product(self, x: Tensor, out: Tensor | None) -> Tensor: ...
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the weight: ids [T] int64 -> [T, K], float32 on CPU. Raises IndexError for an id outside [0, N).
+        """Rows of the weight: ids [T] int64 -> [T, K], float32 on CPU.
 
-        Only where `holds_rows`; raises NotImplementedError elsewhere.
+        Raises IndexError for an id outside [0, N) on CPU; on CUDA the device fails. Only where `holds_rows`; raises
+        NotImplementedError elsewhere.
         """
         raise NotImplementedError(f"{self.kind} cannot give back rows of its weight; keep the embedding table")
 

@@ -50,7 +50,8 @@ class UnpackedLinear(PackedLinear):
         return y if self._bias is None else y.add_(self._bias)
 
     def rows(self, ids: Tensor) -> Tensor:
-        check_ids(ids, self.out_features)
+        if self._on_cpu:  # on CUDA to look is to wait for the device, and the gather fails there by itself
+            check_ids(ids, self.out_features)
         return self._weight.index_select(0, ids)
 
 

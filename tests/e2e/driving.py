@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,11 +35,17 @@ def core_for(
     prefix_cache: bool = True,
     max_num_seqs: int = 16,
     max_model_len: int = 128,
+    kv_cache_dtype: str = "auto",
 ) -> EngineCore:
     """A fresh core around a loaded model; small blocks, so that short prompts span several."""
     config = Config(
         model=ModelConfig(max_model_len=max_model_len),
-        cache=CacheConfig(block_size=BLOCK_SIZE, num_blocks=num_blocks, enable_prefix_cache=prefix_cache),
+        cache=CacheConfig(
+            block_size=BLOCK_SIZE,
+            num_blocks=num_blocks,
+            enable_prefix_cache=prefix_cache,
+            kv_cache_dtype=kv_cache_dtype,
+        ),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
     )
     core, _ = wire(model, config, torch.device("cpu"))
@@ -83,3 +89,11 @@ def request(request_id: str, prompt: list[int], *, num_choices: int = 1, **sampl
 
 def tokens(answers: dict[tuple[str, int], Answer]) -> dict[tuple[str, int], list[int]]:
     return {key: answer.token_ids for key, answer in answers.items()}
+
+
+def greedy(model: Model, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+    """Outputs of the whole engine: continuous batching, chunks of at most 20 tokens, requests that join late."""
+    core = core_for(model, budget=20, max_model_len=min(128, model.max_model_len))
+    requests = [request(f"r{i}", prompt, max_tokens=num_tokens) for i, prompt in enumerate(prompts)]
+    answers = run(core, requests, stagger=3)
+    return [answers[f"r{i}", 0].token_ids for i in range(len(prompts))]

@@ -57,7 +57,7 @@ def model(folder: Path) -> Model:
 
 
 def traffic(vocab_size: int) -> list[EngineRequest]:
-    """Prompts of many lengths around block borders, some with a shared beginning; greedy, seeded and penalised."""
+    """Prompts of many lengths around block borders, some with a shared beginning; every kind of row state."""
     generator = random.Random(7)
     shared = [generator.randrange(20, vocab_size) for _ in range(3 * BLOCK_SIZE + 2)]
     styles: list[dict[str, object]] = [
@@ -67,8 +67,10 @@ def traffic(vocab_size: int) -> list[EngineRequest]:
         {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
         {"temperature": 0.7, "seed": 3, "min_p": 0.05, "num_choices": 3},
         {"temperature": 0.9, "seed": 4, "typical_p": 0.9, "logit_bias": {25: 2.0}},
+        {"temperature": 1.0, "seed": 6, "bad_words_ids": tuple((i, j) for i in range(40) for j in range(9))},
+        {"stop_token_ids": tuple(range(0, vocab_size, 2))[:128], "min_tokens": 7, "prompt_logprobs": 1},
     ]
-    lengths = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE + 3, 5)
+    lengths = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE + 3, 5, 2 * BLOCK_SIZE, 3)
     requests = []
     for i, (length, style) in enumerate(zip(lengths, styles, strict=True)):
         own = [generator.randrange(20, vocab_size) for _ in range(length)]

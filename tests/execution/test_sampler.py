@@ -135,6 +135,20 @@ def test_a_row_forgets_everything_when_it_is_removed():
     assert sampler.sample(logits.clone(), [0, 1], [0, 0]).token_ids == logits.argmax(1).tolist()
 
 
+def test_a_row_that_cannot_be_added_leaves_the_row_usable(monkeypatch):
+    penalised = SamplingParams(temperature=0.0, presence_penalty=2.0, bad_words_ids=((1, 2),))
+    sampler = Sampler(V, 8, "cpu", [EOS])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room for counts")))
+        with pytest.raises(torch.OutOfMemoryError):
+            sampler.add_row(0, penalised, 0, [1], 1)
+    sampler.remove_row(0)
+    for _ in range(2):  # 49 was counted once, so 48 is next; removing the row forgets that
+        sampler.add_row(0, penalised, 0, [1], 1)
+        assert [one(sampler, ramp(), i) for i in range(2)] == [49, 48]
+        sampler.remove_row(0)
+
+
 def test_no_rows_give_an_empty_output():
     assert make().sample(torch.zeros(0, V), [], []) == SampleOutput([], None, [])
 

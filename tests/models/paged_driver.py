@@ -1,7 +1,7 @@
 """Drives a model over a paged cache without the engine: shuffled blocks, ragged batches, prompts in chunks.
 
-Each step mixes prompt chunks of some requests with decode rows of others. `greedy` is the only function that the
-family tests call to generate, so another engine can take its place there.
+Each step mixes prompt chunks of some requests with decode rows of others. For tests of models alone; what the whole
+engine generates is driven by `tests.e2e.driving`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,8 @@ class PagedRequest:
     """One sequence: its tokens so far, how many of them are in the cache, and in which blocks."""
 
     token_ids: list[int]
-    num_prompt_tokens: int
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
-
-    @property
-    def output_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
 
 
 class PagedDriver:
@@ -52,10 +47,6 @@ class PagedDriver:
         """Compute the next `count` tokens of each request in one batch; hidden states [count, C] of each."""
         hidden = self.model.forward(self._batch(work), self.cache)
         return list(hidden.split([count for _, count in work]))
-
-    def release(self, request: PagedRequest) -> None:
-        self.free_blocks += request.blocks
-        request.blocks = []
 
     def _batch(self, work: Sequence[tuple[PagedRequest, int]]) -> ForwardBatch:
         token_ids: list[int] = []
@@ -92,32 +83,6 @@ class PagedDriver:
 def prompt_logits(model: Model, token_ids: Sequence[int], *, first_chunk: int) -> Tensor:
     """Logits [T, V] of every position of a sequence that runs in two chunks."""
     driver = PagedDriver(model)
-    request = PagedRequest(list(token_ids), len(token_ids))
+    request = PagedRequest(list(token_ids))
     chunks = [driver.forward([(request, count)])[0] for count in (first_chunk, len(token_ids) - first_chunk)]
     return model.logits(torch.cat(chunks))
-
-
-def greedy(model: Model, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
-    """The `num_tokens` most likely tokens after each prompt, all prompts in one ragged, staggered batch."""
-    driver = PagedDriver(model)
-    requests = [PagedRequest(list(prompt), len(prompt)) for prompt in prompts]
-    finished = 0
-    step = 0
-    while finished < len(requests):
-        # A new request joins every third step; prompts run in chunks of five tokens.
-        active = [r for i, r in enumerate(requests) if step >= 3 * i and len(r.output_ids) < num_tokens]
-        work = [(r, min(5, len(r.token_ids) - r.num_computed)) for r in active]
-        step += 1
-        if not work:
-            continue
-        hidden = driver.forward(work)
-        ready = [(r, h[-1]) for (r, _), h in zip(work, hidden, strict=True) if r.num_computed == len(r.token_ids)]
-        if not ready:
-            continue
-        chosen = model.logits(torch.stack([row for _, row in ready])).argmax(dim=-1).tolist()
-        for (request, _), token in zip(ready, chosen, strict=True):
-            request.token_ids.append(token)
-            if len(request.output_ids) == num_tokens:
-                driver.release(request)
-                finished += 1
-    return [request.output_ids for request in requests]

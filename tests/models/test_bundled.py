@@ -6,15 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.launch import BUNDLED_MODELS, resolve_model_path
+from engine.launch import resolve_model_path
+from engine.mimir import MODELS
 from engine.models import load_model
-from tests.models.paged_driver import greedy, prompt_logits
+from tests.e2e.driving import greedy
+from tests.models.paged_driver import prompt_logits
 
 TOKEN_IDS = list(range(300, 420, 3))
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", BUNDLED_MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_bundled_model_equals_transformers(name: str) -> None:
     folder = resolve_model_path(name)
     model = load_model(folder, max_model_len=1024)

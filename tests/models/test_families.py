@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from engine.models import load_model
 from engine.models.batch import Model
-from tests.e2e.driving import core_for, request, run
+from tests.e2e.driving import greedy
 from tests.models.families import CASES, VOCAB, Case, save
 from tests.models.paged_driver import prompt_logits
 
@@ -52,19 +52,11 @@ def test_logits_equal_transformers_when_the_prompt_runs_in_two_chunks(pair: Pair
     torch.testing.assert_close(actual, expected, rtol=0, atol=LOGITS_TOLERANCE)
 
 
-def greedy(model: Model, prompts: list[list[int]]) -> list[list[int]]:
-    """Outputs of the whole engine: continuous batching, chunks of at most 20 tokens, requests that join late."""
-    core = core_for(model, budget=20, max_model_len=min(128, model.max_model_len))
-    requests = [request(f"r{i}", prompt, max_tokens=NUM_TOKENS) for i, prompt in enumerate(prompts)]
-    answers = run(core, requests, stagger=3)
-    return [answers[f"r{i}", 0].token_ids for i in range(len(prompts))]
-
-
 @torch.inference_mode()
 def test_greedy_tokens_of_the_batched_engine_equal_transformers(pair: Pair) -> None:
     """Token by token: each is what transformers finds most likely after the same prefix, so the greedy runs agree."""
     prompts = [random_ids(count, seed=count) for count in (17, 3, 26)]
-    for prompt, output in zip(prompts, greedy(pair.model, prompts), strict=True):
+    for prompt, output in zip(prompts, greedy(pair.model, prompts, NUM_TOKENS), strict=True):
         assert len(output) == NUM_TOKENS
         logits = reference_logits(pair.reference, prompt + output[:-1])
         assert output == logits[len(prompt) - 1 :].argmax(dim=-1).tolist()

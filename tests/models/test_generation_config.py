@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from engine.errors import ConfigError
-from engine.models.generation_config import GenerationDefaults, load_generation_config
+from engine.models.generation_config import _BOUNDS, GenerationDefaults, load_generation_config
+from engine.sampling_params import validate
+from engine.types import SamplingParams
 
 
 def load(folder: Path, **values: Any) -> GenerationDefaults:
@@ -43,3 +45,11 @@ def test_sampling_values_of_a_greedy_model_are_dropped(tmp_path: Path) -> None:
 def test_wrong_values_are_config_errors(tmp_path: Path, values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"generation_config.json: {next(iter(values))} must be"):
         load(tmp_path, **values)
+
+
+@pytest.mark.parametrize("name", _BOUNDS)
+def test_what_a_model_may_default_to_a_request_may_have(tmp_path: Path, name: str) -> None:
+    for value in _BOUNDS[name]:
+        validate(SamplingParams(**load(tmp_path, **{name: value}).sampling), logits_size=8, max_model_len=64)
+    with pytest.raises(ConfigError, match=name):
+        load(tmp_path, **{name: _BOUNDS[name][1] + 0.1})

@@ -40,7 +40,7 @@ def test_bf16_on_cuda_stays_near_fp32_on_cpu(name: str, tmp_path: Path) -> None:
     model = load_model(tmp_path, device="cuda")
     assert model.dtype == torch.bfloat16
     driver = PagedDriver(model, dtype=torch.bfloat16)
-    request = PagedRequest(list(TOKEN_IDS), len(TOKEN_IDS))
+    request = PagedRequest(list(TOKEN_IDS))
     [hidden] = driver.forward([(request, len(TOKEN_IDS))])
     error = (model.logits(hidden).cpu() - expected).square().mean().sqrt()
     assert error < 0.15 * expected.square().mean().sqrt()  # a wrong model is off by more than the size of the logits

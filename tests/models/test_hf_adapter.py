@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from engine.errors import ConfigError
 from engine.models import load_model
 from engine.models.batch import KVSpec
+from tests.e2e.driving import greedy
 from tests.models.families import CASES, SIZES, VOCAB, randomize_vectors, save
-from tests.models.paged_driver import greedy, prompt_logits
+from tests.models.paged_driver import prompt_logits
 
 TOLERANCE = 1e-4
 GPT2: dict[str, Any] = {
@@ -70,7 +71,7 @@ def test_adapted_model_equals_transformers(config_name: str, tmp_path: Path) -> 
     prompts = [torch.randint(3, VOCAB, (count,)).tolist() for count in (17, 3, 26)]
     expected = reference(torch.tensor([prompts[2]]), use_cache=False).logits[0]
     torch.testing.assert_close(prompt_logits(model, prompts[2], first_chunk=11), expected, rtol=0, atol=TOLERANCE)
-    for prompt, output in zip(prompts, greedy(model, prompts, 24), strict=True):
+    for prompt, output in zip(prompts, greedy(model, prompts, 64), strict=True):
         logits = reference(torch.tensor([prompt + output[:-1]]), use_cache=False).logits[0]
         assert output == logits[len(prompt) - 1 :].argmax(dim=-1).tolist()
 

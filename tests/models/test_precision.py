@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from engine.errors import ConfigError
 from engine.models import load_model
 from kernels import backend
+from tests.e2e.driving import greedy
 from tests.models.families import CASES, Case, save
-from tests.models.paged_driver import PagedDriver, PagedRequest, greedy, prompt_logits
+from tests.models.paged_driver import PagedDriver, PagedRequest, prompt_logits
 
 BY_NAME = {case.name: case for case in CASES}
 TOLERANCE = 1e-3
@@ -72,12 +73,12 @@ def test_deterministic_rows_have_the_same_bits_in_any_batch_and_chunking(name: s
     token_ids = PROMPTS[0]
 
     driver = PagedDriver(model)
-    alone = PagedRequest(list(token_ids), len(token_ids))
+    alone = PagedRequest(list(token_ids))
     steps = [driver.forward([(alone, 1)])[0] for _ in token_ids]
     expected = torch.cat([model.logits(hidden) for hidden in steps])
 
     driver = PagedDriver(model)
-    request, mate = (PagedRequest(list(ids), len(ids)) for ids in (token_ids, PROMPTS[1] * 4))
+    request, mate = (PagedRequest(list(ids)) for ids in (token_ids, PROMPTS[1] * 4))
     first = driver.forward([(mate, 9), (request, 20)])[1]
     second = driver.forward([(request, 7), (mate, 17)])[0]
     assert torch.equal(model.logits(torch.cat([first, second])), expected)

@@ -233,6 +233,8 @@ class TestRefusing:
             ([1], {"max_tokens": 0}, "max_tokens is 0"),
             ([1], {"num_choices": 0}, "n is 0"),
             ([1], {"request_id": "taken"}, "'taken' is in use"),
+            ([1], {"kv_policy": {"name": "snapkv"}}, "kv_policy is given"),
+            ([1], {"speculative": {"drafters": ["ngram"]}}, "speculative is given"),
         ],
     )
     def test_malformed_requests_are_refused_without_a_trace(
