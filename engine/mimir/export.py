@@ -28,6 +28,7 @@ def export(model: Mimir, folder: Path, tokenizer_folder: Path) -> None:
         for name, value in model.state_dict().items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # the writer leaves it private to the user who trained
     if tokenizer_folder.resolve() != folder.resolve():
         for name in TOKENIZER_FILES:
             shutil.copyfile(tokenizer_folder / name, folder / name)

@@ -4,8 +4,8 @@ An induction circuit needs two layers to agree: one that copies each token's pre
 with the current token. Random weights find that pair slowly, so the first layers start as such a circuit, in the spirit
 of mimetic initialisation (Trockman and Kolter 2023, arXiv:2305.09828; for recall: arXiv:2410.11135). Differs: the
 previous-token pattern is written through the rotary phases, a second kv head does the same one token further back (so
-that pairs of tokens are matched), matching uses only the slow rotary pairs, and what would
-drown the circuit (feed-forward outputs, the other layers' attention) starts small. All weights stay trainable.
+that pairs of tokens are matched), matching uses only the slow rotary pairs, and what would drown the circuit
+(feed-forward outputs, the other layers' attention) starts small. All weights stay trainable.
 """
 
 import torch
@@ -18,9 +18,9 @@ MAX_DISTANCE = 2  # predecessors that are forwarded
 NUM_FAST_PAIRS = 6  # pairs that turn too fast to carry content over a distance; matching leaves them out
 PHASE_GAIN = 8.0  # size of query and key in each sharp pair
 SHARED_SHARE = 0.7  # length of the direction all embeddings share, relative to the rest of an embedding
-FORWARD_GAIN = 0.06  # predecessor written into the residual stream
+FORWARD_GAIN = 0.24  # predecessor written into the residual stream, by all heads of a group together
 MATCH_GAIN = 3.0
-COPY_GAIN = 0.4
+COPY_GAIN = 0.8  # of what was found, by all heads of a group together
 LOGIT_GAIN = 3.0  # weight of the final norm, so that what is copied is also said
 QUIET_GAIN = 0.1  # scale of every other output projection
 
@@ -70,7 +70,7 @@ def _forward_previous(attention: Attention, shared: Tensor, matched: Tensor, par
         for head in range(kv_head * per_group, (kv_head + 1) * per_group):
             rows = _rows(head, shape.head_dim)
             attention.q_proj.weight[rows].mul_(0.1).add_(torch.outer(query, shared))
-            attention.o_proj.weight[:, rows][:, : len(part)] = part.T * (FORWARD_GAIN * 4 / per_group)
+            attention.o_proj.weight[:, rows][:, : len(part)] = part.T * (FORWARD_GAIN / per_group)
 
 
 def _match_and_copy(attention: Attention, content: Tensor, chain: list[Tensor]) -> None:
@@ -88,7 +88,7 @@ def _match_and_copy(attention: Attention, content: Tensor, chain: list[Tensor]) 
             query_rows = _rows(head, shape.head_dim)
             attention.q_proj.weight[query_rows] *= 0.1
             attention.q_proj.weight[query_rows][slow] = chain[kv_head] * MATCH_GAIN
-            attention.o_proj.weight[:, query_rows] = copied.T * COPY_GAIN
+            attention.o_proj.weight[:, query_rows] = copied.T * (COPY_GAIN / per_group)
 
 
 def _rows(head: int, head_dim: int) -> slice:

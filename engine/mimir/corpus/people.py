@@ -97,7 +97,6 @@ def _facts(rng: Random, size: int, num_questions: int) -> Chat:
         f"{context}\n\n{question}",
         f"{context} {question}",
         f"Context: {context}\nQuestion: {question}",
-        f"{question}\n\n{context}",
         f"Read this: {context}\nNow answer: {question}",
     )
     return dialogue(text, reply, *more, answer=exchanges[-1][2])

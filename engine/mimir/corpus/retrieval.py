@@ -102,13 +102,12 @@ def _conversation(rng: Random, context: str, exchanges: list[Exchange]) -> Chat:
         exchanges = [(f"{question} {rng.choice(BARE)}", value, value) for question, _, value in exchanges]
     question, reply, _ = exchanges[0]
     more = [text for question, reply, _ in exchanges[1:] for text in (question, reply)]
-    layout = rng.randrange(6)
+    layout = rng.randrange(5)
     text = (
         question,
         f"{context}\n\n{question}",
         f"Read the text and answer.\n\n{context}\n\nQuestion: {question}",
         f"Context:\n{context}\n\n{question}",
-        f"{question}\n\n{context}",
         f"Here is a text.\n{context}\nAccording to the text: {question}",
     )[layout]
     return dialogue(text, reply, *more, answer=exchanges[-1][2], system=None if layout else context)

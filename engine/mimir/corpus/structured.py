@@ -146,12 +146,8 @@ def json_object(rng: Random, size: int) -> Chat:
         "price": lambda r: r.randint(1, 999),
     }
     content = {key: makers[key](rng) for key in rng.sample(sorted(makers), rng.randint(1, 5))}
-    pairs = ", ".join(
-        f"{key} {str(value).lower() if isinstance(value, bool) else value}" for key, value in content.items()
-    )
-    lines = "\n".join(
-        f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in content.items()
-    )
+    pairs = ", ".join(f"{key} {json.dumps(value)}" for key, value in content.items())
+    lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in content.items())
     question = pick(
         rng,
         f"Write as JSON: {pairs}",
