@@ -12,7 +12,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from engine import launch
+from engine import launch, resources
 from engine.config import CacheConfig, Config, ModelConfig, SchedulerConfig
 from engine.errors import ConfigError
 from engine.execution.runner import ModelRunner
@@ -45,8 +45,8 @@ def config(*, max_model_len: int | None = None, max_num_seqs: int = 4, **cache: 
     )
 
 
-def size(model: Model, given: Config) -> launch.CacheSize:
-    return launch._size_cache(given, model.spec, torch.float32, CPU, model.max_model_len)
+def size(model: Model, given: Config) -> resources.CacheSize:
+    return resources.size_cache(given, model.spec, torch.float32, CPU, model.max_model_len)
 
 
 def test_a_name_that_is_no_model_folder_is_refused_with_the_remedy(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_the_pool_is_what_was_asked_for_or_what_can_be_used_of_a_share_of_memory
     assert size(model, config(kv_cache_memory_mib=1)).num_blocks == MIB // (16 * TOKEN_BYTES)
     # 4 requests of 256 tokens in blocks of 16, and the null block: more could never be used
     assert size(model, config()).num_blocks == 4 * 16 + 1
-    monkeypatch.setattr(launch, "_free_memory", lambda _: MIB)
+    monkeypatch.setattr(resources, "free_memory", lambda _: MIB)
     share = size(model, config(kv_cache_memory_fraction=0.5, max_num_seqs=64))
     assert share.num_blocks == MIB // 2 // (16 * TOKEN_BYTES)
 
@@ -75,7 +75,7 @@ def test_a_pool_that_memory_or_a_request_does_not_fit_is_refused(model: Model, m
         size(model, config(num_blocks=12, max_model_len=200))
     with pytest.raises(ConfigError, match="max_model_len is 257, but the model declares 256 positions"):
         size(model, config(max_model_len=257))
-    monkeypatch.setattr(launch, "_free_memory", lambda _: MIB)
+    monkeypatch.setattr(resources, "free_memory", lambda _: MIB)
     with pytest.raises(ConfigError, match="2 MiB and 1 MiB are free; lower --num-blocks"):
         size(model, config(kv_cache_memory_mib=2))
 
@@ -95,36 +95,36 @@ def test_only_tensors_that_will_be_loaded_count_as_weights(
     stored = (folder / "model.safetensors").stat().st_size
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     (tmp_path / "consolidated.safetensors").symlink_to(folder / "model.safetensors")
-    monkeypatch.setattr(launch, "_free_memory", lambda _: stored)
-    launch._check_weights_fit(tmp_path, CPU, Config())
-    launch._check_weights_fit(tmp_path, CPU, Config(model=ModelConfig(dtype="float32")))  # as they are stored
-    monkeypatch.setattr(launch, "_free_memory", lambda _: stored // 2)
-    launch._check_weights_fit(tmp_path, CPU, Config(model=ModelConfig(dtype="bfloat16")))
+    monkeypatch.setattr(resources, "free_memory", lambda _: stored)
+    resources.check_weights_fit(tmp_path, CPU, Config())
+    resources.check_weights_fit(tmp_path, CPU, Config(model=ModelConfig(dtype="float32")))  # as they are stored
+    monkeypatch.setattr(resources, "free_memory", lambda _: stored // 2)
+    resources.check_weights_fit(tmp_path, CPU, Config(model=ModelConfig(dtype="bfloat16")))
     with pytest.raises(ConfigError, match="of memory are free; free some memory or choose a smaller model"):
-        launch._check_weights_fit(tmp_path, CPU, Config())
+        resources.check_weights_fit(tmp_path, CPU, Config())
 
 
 def test_the_container_limit_counts_without_cached_files(tmp_path: Path) -> None:
-    assert launch._cgroup_headroom(tmp_path) is None
+    assert resources.cgroup_headroom(tmp_path) is None
     for name, text in (
         ("memory.max", "1000\n"),
         ("memory.current", "900\n"),
         ("memory.stat", "anon 300\ninactive_file 550\nactive_file 50\n"),
     ):
         (tmp_path / name).write_text(text)
-    assert launch._cgroup_headroom(tmp_path) == 1000 - 900 + 550
+    assert resources.cgroup_headroom(tmp_path) == 1000 - 900 + 550
     (tmp_path / "memory.max").write_text("max\n")
-    assert launch._cgroup_headroom(tmp_path) is None
+    assert resources.cgroup_headroom(tmp_path) is None
 
 
 def test_threads_follow_the_share_of_cores_that_a_container_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    assert launch._num_cores(tmp_path) == 8
+    assert resources.num_cores(tmp_path) == 8
     for text, cores in (("max 100000\n", 8), ("250000 100000\n", 2), ("50000 100000\n", 1), ("900000 100000\n", 8)):
         (tmp_path / "cpu.max").write_text(text)
-        assert launch._num_cores(tmp_path) == cores
+        assert resources.num_cores(tmp_path) == cores
 
 
 def test_a_cache_type_that_attention_cannot_read_is_refused(model: Model) -> None:
