@@ -98,6 +98,25 @@ def add(request_id: str, **sampling: object) -> ipc.AddRequest:
     return ipc.AddRequest(EngineRequest(request_id=request_id, prompt_token_ids=[5, 6], sampling=params))
 
 
+def test_what_an_aborted_request_held_is_free_within_two_steps(start: Callable[..., Parent]) -> None:
+    """Counted in reports, one a step: the step in flight when the abort arrives, and the next."""
+    parent = start(RuntimeConfig(heartbeat_s=0.01), KVASIR_FAKE_STEP_S="0.05")
+    parent.until(is_ready)
+    parent.send(add("stays", max_tokens=400))
+    parent.send(add("goes", max_tokens=400))
+    *_, running = parent.until(lambda m: isinstance(m, ipc.Outputs) and bool(m.stats) and m.stats.num_running == 2)
+    assert isinstance(running, ipc.Outputs)
+    assert running.stats is not None
+    parent.send(ipc.Abort("goes", None))
+    reports: list[ipc.Outputs] = []
+    while len(reports) < 2:
+        reports += [m for m in parent.until(lambda m: isinstance(m, ipc.Outputs)) if isinstance(m, ipc.Outputs)]
+    after = reports[-1].stats
+    assert after is not None
+    assert after.num_running == 1
+    assert after.blocks_active <= running.stats.blocks_active // 2 + 1
+
+
 def test_tells_its_phases_then_serves_then_rests(start: Callable[..., Parent]) -> None:
     parent = start()
     phases = [message for message in parent.until(is_ready) if isinstance(message, ipc.Phase)]

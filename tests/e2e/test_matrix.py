@@ -127,11 +127,14 @@ def test_arrival_order_and_warm_cache_change_nothing(model: Model, expected: dic
     assert sum(answer.num_cached_tokens for answer in again.values()) > 0
 
 
-@pytest.mark.parametrize("every", [3, 5])
+@pytest.mark.parametrize(
+    ("every", "prefix_cache", "chunk"),
+    [(3, True, 512), (5, True, BLOCK_SIZE - 1), (4, True, BLOCK_SIZE), (7, False, 4 * BLOCK_SIZE), (3, False, 512)],
+)
 def test_preemption_forced_every_few_steps_changes_nothing(
-    model: Model, expected: dict[tuple[str, int], Answer], every: int
+    model: Model, expected: dict[tuple[str, int], Answer], every: int, prefix_cache: bool, chunk: int
 ) -> None:
-    core = core_for(model)
+    core = core_for(model, prefix_cache=prefix_cache, budget=chunk)
     scheduler, steps = core.scheduler, itertools.count(1)
     original = scheduler.schedule
 

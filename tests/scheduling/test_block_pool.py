@@ -254,5 +254,5 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.counts.free == self.pool.num_blocks - 1, "a block is missing after all is done"
 
 
-TestPool = case_of(PoolMachine, 500, 30)
+TestPool = case_of(PoolMachine, 500, 100)
 TestPoolLong = pytest.mark.slow(case_of(PoolMachine, 20_000, 100))

@@ -391,7 +391,7 @@ class CollidingPrefixMachine(PrefixMachine):
     digest_bytes = 1
 
 
-TestPrefix = case_of(PrefixMachine, 500, 30)
-TestCollidingPrefix = case_of(CollidingPrefixMachine, 200, 30)
+TestPrefix = case_of(PrefixMachine, 500, 100)
+TestCollidingPrefix = case_of(CollidingPrefixMachine, 200, 100)
 TestCollidingPrefixLong = pytest.mark.slow(case_of(CollidingPrefixMachine, 5_000, 100))
 TestPrefixLong = pytest.mark.slow(case_of(PrefixMachine, 20_000, 100))

@@ -457,6 +457,24 @@ class TestPreemption:
         assert harness.scheduler.stats().num_preemptions <= 4
         harness.check_finished()
 
+    def test_a_step_that_preempts_admits_nobody(self) -> None:
+        """What the victim gave up is for those who run: admitting at once would lead to the next preemption."""
+        harness = Harness(num_blocks=12, max_num_seqs=4, prefix_cache=False)
+        for start in (0, 50, 100):
+            harness.add(prompt_of(11, start=start), max_tokens=20, ignore_eos=True)
+        harness.step()  # all three run
+        num_preempting = 0
+        for _ in range(30):
+            if not harness.scheduler.roster.num_waiting:
+                harness.add([7, 8], priority=-1, max_tokens=1, ignore_eos=True)  # one block would do
+            before = harness.scheduler.stats().num_preemptions
+            plan = harness.scheduler.schedule()
+            if harness.scheduler.stats().num_preemptions > before:
+                num_preempting += 1
+                assert not plan.new_rows
+            harness.scheduler.commit(plan, harness.runner.execute(plan))
+        assert num_preempting > 0, "the pool was meant to be too small"
+
     def test_a_preempted_request_finds_its_own_blocks_again(self) -> None:
         harness = Harness(num_blocks=12, max_num_seqs=2)
         options = {"max_tokens": 24, "ignore_eos": True}

@@ -89,5 +89,5 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.harness.check_finished()
 
 
-TestScheduler = case_of(SchedulerMachine, 500, 25)
+TestScheduler = case_of(SchedulerMachine, 500, 100)
 TestSchedulerLong = pytest.mark.slow(case_of(SchedulerMachine, 20_000, 100))
