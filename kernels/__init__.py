@@ -7,6 +7,7 @@ from kernels.block_copy import copy_blocks
 from kernels.embedding import embedding, gather_rows
 from kernels.kv_write import kv_write, rope_kv_write
 from kernels.linear import PackedLinear, pack_linear
+from kernels.lora import LoraPart, LoraPlan, LoraTable, add_lora, plan_lora
 from kernels.paged_attention import paged_attention, plan_attention
 from kernels.paged_attention.plan import AttentionPlan
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -15,8 +16,12 @@ from kernels.sampling import apply_penalties, apply_token_bitmask, greedy, log_p
 
 __all__ = [
     "AttentionPlan",
+    "LoraPart",
+    "LoraPlan",
+    "LoraTable",
     "PackedLinear",
     "act_and_mul",
+    "add_lora",
     "add_rms_norm",
     "apply_penalties",
     "apply_rope",
@@ -30,6 +35,7 @@ __all__ = [
     "pack_linear",
     "paged_attention",
     "plan_attention",
+    "plan_lora",
     "rms_norm",
     "rope_kv_write",
     "sample",

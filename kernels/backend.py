@@ -99,8 +99,9 @@ def _auto_cpu() -> str:
 
 
 def operations() -> list[str]:
-    """Names of all operations: the sub-packages of this package."""
-    return sorted(module.name for module in pkgutil.iter_modules([str(native.SOURCE_DIR)]) if module.ispkg)
+    """Names of all operations: the sub-packages that have a definition (`reference.py`)."""
+    packages = (module.name for module in pkgutil.iter_modules([str(native.SOURCE_DIR)]) if module.ispkg)
+    return sorted(name for name in packages if exists(name, "reference"))
 
 
 def exists(op: str, name: str) -> bool:

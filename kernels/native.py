@@ -2,7 +2,7 @@
 
 The library lies in a private cache folder under a name made of the sources, flags, instruction set and compiler, so
 it is built once per machine kind; processes that start together build it once. No torch headers: functions take raw
-pointers, and OpenMP is the libgomp that torch has already loaded (same soname), hence one thread pool.
+pointers. Threads are the library's own (csrc/team.h); torch's pool serves torch's operations.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ def require() -> ctypes.CDLL:
 
 
 @functools.cache
-def function(name: str, *argtypes: Any) -> Any:
-    """The native function `name` with its argument types declared; returns nothing. Raises NativeBuildError."""
+def function(name: str, *argtypes: Any, restype: Any = None) -> Any:
+    """The native function `name` with its types declared; by default it returns nothing. Raises NativeBuildError."""
     found = getattr(require(), name)
     found.argtypes = argtypes
-    found.restype = None
+    found.restype = restype
     return found
 
 
 def num_threads() -> int:
-    """Threads that a native kernel should use: torch's setting, so that both share one pool."""
+    """Threads that a native kernel should use: torch's setting."""
     return torch.get_num_threads()
 
 

@@ -1,5 +1,8 @@
 // Gated activations: out = activation(gate) * up, float arithmetic. Threads share the rows; small work stays on one.
+#include "row.h"
+
 #include "simd.h"
+#include "team.h"
 
 namespace {
 
@@ -7,8 +10,8 @@ using namespace kvasir;
 
 enum Activation : int64_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };  // as ACTIVATIONS in __init__.py
 
-// Elements below which a fork-join costs more than it saves.
-constexpr int64_t kSerialElements = 16384;
+// Elements that are worth waking a thread.
+constexpr int64_t kElementsPerThread = 65536;
 
 template <Activation A>
 KVASIR_INLINE vfloat activate(vfloat x) {
@@ -32,10 +35,9 @@ void row(const T* gate, const T* up, int64_t size, T* out) {
 
 template <class T, Activation A>
 void rows(const T* gate_up, int64_t stride, int64_t num_rows, int64_t size, T* out, int64_t num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_rows > 1 && num_rows * size > kSerialElements)
-  for (int64_t i = 0; i < num_rows; ++i) {
+  parallel_for_runs(num_rows, size, kElementsPerThread, num_threads, [&](int64_t i) {
     row<T, A>(gate_up + i * stride, gate_up + i * stride + size, size, out + i * size);
-  }
+  });
 }
 
 template <class T>
@@ -46,6 +48,17 @@ void dispatch(const void* gate_up, int64_t stride, int64_t num_rows, int64_t siz
 }
 
 }  // namespace
+
+namespace kvasir::activation {
+
+void activate_row(int64_t activation, const float* gate, const float* up, int64_t size, float* out) {
+  const auto run = activation == kSilu       ? row<float, kSilu>
+                   : activation == kGeluTanh ? row<float, kGeluTanh>
+                                             : row<float, kGelu>;
+  run(gate, up, size, out);
+}
+
+}  // namespace kvasir::activation
 
 // gate_up: num_rows rows of 2 * size elements, `stride` elements apart; out: [num_rows, size]; dtype as DType.
 KVASIR_EXPORT void kvasir_act_and_mul(const void* gate_up, int64_t stride, int64_t num_rows, int64_t size,

@@ -1,24 +1,19 @@
 // Cache writes, alone and fused with the rotation of queries and keys. Threads share the tokens.
+#include "token.h"
+
 #include "../rope/rotate.h"
+#include "team.h"
 
 namespace {
 
 using namespace kvasir;
 
-// Elements below which a fork-join costs more than it saves.
-constexpr int64_t kSerialElements = 16384;
+using kv::Cache;
+using kv::Rotation;
+using kv::Rows;
 
-// Rows of one token: element h of head h is at x + t * stride_token + h * stride_head.
-struct Rows {
-  void* data;
-  int64_t stride_token, stride_head, num_heads, head_dim;
-};
-
-// A cache [NB, H_kv, BS, D]; strides in elements, slots of a block contiguous.
-struct Cache {
-  void* data;
-  int64_t stride_block, stride_head, block_size;
-};
+// Elements that are worth waking a thread.
+constexpr int64_t kElementsPerThread = 65536;
 
 template <class T>
 KVASIR_INLINE T* at(const Rows& rows, int64_t token, int64_t head) {
@@ -39,40 +34,25 @@ KVASIR_INLINE void copy_head(const T* from, C* to, int64_t size) {
 }
 
 template <class T, class C>
-void write(const Rows& x, const Cache& cache, const int64_t* slots, int64_t num_tokens, int64_t num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_tokens * x.num_heads * x.head_dim > kSerialElements)
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    if (slots[t] < 0) continue;
-    for (int64_t h = 0; h < x.num_heads; ++h) {
-      copy_head(at<T>(x, t, h), at_slot<C>(cache, slots[t], h, x.head_dim), x.head_dim);
-    }
-  }
+KVASIR_INLINE void write_token(const Rows& x, const Cache& cache, const int64_t* slots, int64_t t) {
+  if (slots[t] < 0) return;
+  for (int64_t h = 0; h < x.num_heads; ++h)
+    copy_head(at<T>(x, t, h), at_slot<C>(cache, slots[t], h, x.head_dim), x.head_dim);
 }
-
-struct Rotation {
-  const int64_t* positions;
-  const float* cos_sin;
-  int64_t rot_dim;
-  bool interleaved;
-};
 
 template <class T, class C>
 void rotate_and_write(const Rows& q, const Rows& k, const Rows& v, const Rotation& rotation, const Cache& k_cache,
-                      const Cache& v_cache, const int64_t* slots, int64_t num_tokens, int64_t num_threads) {
+                      const Cache& v_cache, const int64_t* slots, int64_t t) {
   const int64_t half = rotation.rot_dim / 2;
-#pragma omp parallel for num_threads(num_threads) if (num_tokens * q.num_heads * q.head_dim > kSerialElements)
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    const float* row = rotation.cos_sin + rotation.positions[t] * rotation.rot_dim;
-    for (int64_t h = 0; h < q.num_heads; ++h) {
-      T* head = at<T>(q, t, h);
-      rotate(head, head, row, half, q.head_dim, rotation.interleaved);
-    }
-    if (slots[t] < 0) continue;
-    for (int64_t h = 0; h < k.num_heads; ++h) {
-      rotate(at<T>(k, t, h), at_slot<C>(k_cache, slots[t], h, k.head_dim), row, half, k.head_dim,
-             rotation.interleaved);
-      copy_head(at<T>(v, t, h), at_slot<C>(v_cache, slots[t], h, v.head_dim), v.head_dim);
-    }
+  const float* row = rotation.cos_sin + rotation.positions[t] * rotation.rot_dim;
+  for (int64_t h = 0; h < q.num_heads; ++h) {
+    T* head = at<T>(q, t, h);
+    rotate(head, head, row, half, q.head_dim, rotation.interleaved);
+  }
+  if (slots[t] < 0) return;
+  for (int64_t h = 0; h < k.num_heads; ++h) {
+    rotate(at<T>(k, t, h), at_slot<C>(k_cache, slots[t], h, k.head_dim), row, half, k.head_dim, rotation.interleaved);
+    copy_head(at<T>(v, t, h), at_slot<C>(v_cache, slots[t], h, v.head_dim), v.head_dim);
   }
 }
 
@@ -93,12 +73,30 @@ void with_types(int64_t dtype, int64_t cache_dtype, F f) {
 
 }  // namespace
 
+namespace kvasir::kv {
+
+void rotate_and_write_token(const Rows& q, const Rows& k, const Rows& v, const Rotation& rotation, const Cache& k_cache,
+                            const Cache& v_cache, int64_t cache_dtype, const int64_t* slots, int64_t t) {
+  with_cache_type<float>(cache_dtype, [&](float*, auto* c) {
+    using C = std::remove_pointer_t<decltype(c)>;
+    if (rotation.cos_sin != nullptr) {
+      rotate_and_write<float, C>(q, k, v, rotation, k_cache, v_cache, slots, t);
+    } else {
+      write_token<float, C>(k, k_cache, slots, t);
+      write_token<float, C>(v, v_cache, slots, t);
+    }
+  });
+}
+
+}  // namespace kvasir::kv
+
 // The structs are laid out as in cpp_impl.py.
 KVASIR_EXPORT void kvasir_kv_write(const Rows* x, int64_t dtype, const Cache* cache, int64_t cache_dtype,
                                    const int64_t* slots, int64_t num_tokens, int64_t num_threads) {
   with_types(dtype, cache_dtype, [&](auto* t, auto* c) {
-    write<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(c)>>(*x, *cache, slots, num_tokens,
-                                                                                  num_threads);
+    parallel_for_runs(num_tokens, x->num_heads * x->head_dim, kElementsPerThread, num_threads, [&](int64_t token) {
+      write_token<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(c)>>(*x, *cache, slots, token);
+    });
   });
 }
 
@@ -109,7 +107,9 @@ KVASIR_EXPORT void kvasir_rope_kv_write(const Rows* q, const Rows* k, const Rows
                                         int64_t num_threads) {
   const Rotation rotation{positions, cos_sin, rot_dim, interleaved != 0};
   with_types(dtype, cache_dtype, [&](auto* t, auto* c) {
-    rotate_and_write<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(c)>>(
-        *q, *k, *v, rotation, *k_cache, *v_cache, slots, num_tokens, num_threads);
+    parallel_for_runs(num_tokens, q->num_heads * q->head_dim, kElementsPerThread, num_threads, [&](int64_t token) {
+      rotate_and_write<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(c)>>(
+          *q, *k, *v, rotation, *k_cache, *v_cache, slots, token);
+    });
   });
 }

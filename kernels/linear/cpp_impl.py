@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.linear.packed import PackedLinear, check_float32, check_ids
+from kernels.linear.packed import PackedLinear, Panels, check_float32, check_ids
 from kernels.linear.precision import float16_problem
 from kernels.native import INT, PTR
 
@@ -40,7 +40,8 @@ class PanelLinear(PackedLinear):
         self._fill(weight)
         self._run = native.function("kvasir_linear", PTR, *[INT] * 4, PTR, INT, PTR, PTR, INT, INT)
         bias_address = None if self._bias is None else self._bias.data_ptr()
-        self._constant = (self.in_features, self.out_features, self._packed.data_ptr(), self._dtype_code, bias_address)
+        self.panels = Panels(self._packed.data_ptr(), self._dtype_code, bias_address)
+        self._constant = (self.in_features, self.out_features, *self.panels)
 
     def _fill(self, weight: Tensor) -> None:
         packed = self._packed

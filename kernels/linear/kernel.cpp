@@ -10,7 +10,9 @@
 #endif
 
 #include "dispatch.h"
+#include "product.h"
 #include "simd.h"
+#include "team.h"
 
 namespace {
 
@@ -25,9 +27,10 @@ constexpr int64_t kPairsPerPanel = kPanel / (2 * kLanes);
 constexpr int64_t kMaxPanelsPerTask = 24;
 constexpr int64_t kMaxRowsPerTask = 48;
 constexpr int64_t kTasksPerThread = 4;
-// Multiply-adds that are worth a thread: 7 us, what waking and joining one costs. Reading two bytes of weights takes as
-// long as four multiply-adds.
+// Multiply-adds that are worth a thread that is awake: 7 us. Reading two bytes of weights takes as long as four of them.
 constexpr int64_t kMinWorkPerThread = 350'000;
+// And for which threads that may be asleep are woken: a product on its own.
+constexpr int64_t kMinWorkToWake = 3'000'000;
 constexpr int64_t kWorkPerByte = 2;
 #if defined(__AVX512F__)
 constexpr int kMaxRows = 12;  // 24 accumulators of 32 registers
@@ -124,16 +127,14 @@ void panel(int64_t rows, const float* x, const T* w, int64_t depth, bool is_firs
                           bias ? bias + column : nullptr, out + column, out_stride);
 }
 
-template <class T>
-struct Product {
-  const float* x;
-  int64_t x_stride, num_rows, depth, num_columns;
-  const T* weights;
-  const float* bias;
-  float* out;
-  int64_t out_stride;
+int64_t num_panels_of(const linear::Product& p) { return ceil_div(p.num_columns, kPanel); }
 
-  int64_t num_panels() const { return ceil_div(num_columns, kPanel); }
+// A product on weights of type T.
+template <class T>
+struct Panels : linear::Product {
+  explicit Panels(const linear::Product& product) : linear::Product(product) {}
+
+  int64_t num_panels() const { return num_panels_of(*this); }
 
   // The last panel may be narrower than it is packed: its rows pass through a full-width buffer.
   void partial_panel(int64_t rows, const float* block, const T* w, int64_t chunk, bool is_first, const float* bias_at,
@@ -151,7 +152,7 @@ struct Product {
     for (int64_t r = 0; r < rows; ++r) std::copy_n(x + (row + r) * x_stride + k0, chunk, block + r * kRowStride);
     const bool is_first = k0 == 0, is_last = k0 + chunk == depth;
     for (int64_t p = first_panel; p < end_panel; ++p) {
-      const T* w = weights + (k0 * num_panels() + p * chunk) * kPanel;
+      const T* w = (const T*)weights + (k0 * num_panels() + p * chunk) * kPanel;
       const float* bias_at = is_last && bias ? bias + p * kPanel : nullptr;
       float* target = out + row * out_stride + p * kPanel;
       const int64_t width = num_columns - p * kPanel;
@@ -170,32 +171,6 @@ struct Product {
         block_of_rows(row + begin, end - begin, first_panel, end_panel, k0);
       }
   }
-
-  void run(int64_t max_threads) const {
-    const int64_t work = num_columns * depth * std::max<int64_t>(num_rows, kWorkPerByte * sizeof(T));
-    const int64_t threads = std::clamp<int64_t>(work / kMinWorkPerThread, 1, max_threads);
-    const int64_t wanted = threads * kTasksPerThread;
-    const int64_t min_row_groups = ceil_div(num_rows, kMaxRowsPerTask);
-    const int64_t min_column_groups = ceil_div(num_panels(), kMaxPanelsPerTask);
-    const int64_t column_groups =
-        std::clamp(wanted / std::max<int64_t>(min_row_groups, 1), min_column_groups, num_panels());
-    // Rows are split further where the columns do not feed all threads.
-    const int64_t row_groups =
-        std::clamp(wanted / column_groups, min_row_groups, std::max(min_row_groups, num_rows / kMaxRows));
-    const auto run_task = [&](int64_t t) {
-      // Neighbouring tasks share weights: the first one brings them into the cache.
-      const int64_t columns = t / row_groups, first = num_panels() * columns / column_groups;
-      const int64_t group = t % row_groups, row = num_rows * group / row_groups;
-      task(row, num_rows * (group + 1) / row_groups - row, first, num_panels() * (columns + 1) / column_groups);
-    };
-    const int64_t num_tasks = column_groups * row_groups;
-    if (threads <= 1) {
-      for (int64_t t = 0; t < num_tasks; ++t) run_task(t);
-      return;
-    }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t t = 0; t < num_tasks; ++t) run_task(t);
-  }
 };
 
 // Index of W[column][k] among the packed weights.
@@ -208,8 +183,7 @@ KVASIR_INLINE int64_t packed_index(int64_t column, int64_t k, int64_t depth, int
 template <class T>
 void pack(const T* weight, int64_t row_stride, int64_t num_columns, int64_t depth, T* packed, int64_t threads) {
   const int64_t num_panels = ceil_div(num_columns, kPanel);
-#pragma omp parallel for num_threads(threads)
-  for (int64_t p = 0; p < num_panels; ++p)
+  parallel_for(num_panels, threads, [&](int64_t p) {
     for (int64_t j = 0; j < kPanel; ++j) {
       const int64_t column = p * kPanel + j;
       for (int64_t k0 = 0; k0 < depth; k0 += kChunk) {
@@ -219,22 +193,53 @@ void pack(const T* weight, int64_t row_stride, int64_t num_columns, int64_t dept
           *target = column < num_columns ? weight[column * row_stride + k] : T{};
       }
     }
+  });
 }
 
 template <class T>
-void unpack_rows(const T* packed, int64_t num_columns, int64_t depth, const int64_t* ids, int64_t num_ids, float* out,
-                 int64_t threads) {
+void unpack(const T* packed, int64_t num_columns, int64_t depth, int64_t id, float* out) {
   const int64_t num_panels = ceil_div(num_columns, kPanel);
-#pragma omp parallel for num_threads(threads) if (num_ids * depth * kPanel > kMinWorkPerThread)
-  for (int64_t i = 0; i < num_ids; ++i)
-    for (int64_t k0 = 0; k0 < depth; k0 += kChunk) {
-      const T* source = packed + packed_index<T>(ids[i], k0, depth, num_panels);
-      const int64_t end = std::min(k0 + kChunk, depth);
-      for (int64_t k = k0; k < end; ++k, source += kPanel) out[i * depth + k] = to_float(*source);
-    }
+  for (int64_t k0 = 0; k0 < depth; k0 += kChunk) {
+    const T* source = packed + packed_index<T>(id, k0, depth, num_panels);
+    const int64_t end = std::min(k0 + kChunk, depth);
+    for (int64_t k = k0; k < end; ++k, source += kPanel) out[k] = to_float(*source);
+  }
 }
 
 }  // namespace
+
+namespace kvasir::linear {
+
+int64_t work_of(const Product& p) {
+  const int64_t width = p.dtype == kFloat32 ? 4 : 2;
+  return p.num_columns * p.depth * std::max<int64_t>(p.num_rows, kWorkPerByte * width);
+}
+
+Division divide(const Product& p, int64_t max_threads) {
+  const int64_t threads = std::clamp<int64_t>(work_of(p) / kMinWorkPerThread, 1, max_threads);
+  const int64_t wanted = threads > 1 ? threads * kTasksPerThread : 1, num_panels = num_panels_of(p);
+  const int64_t min_row_groups = ceil_div(p.num_rows, kMaxRowsPerTask);
+  const int64_t min_column_groups = ceil_div(num_panels, kMaxPanelsPerTask);
+  const int64_t column_groups = std::clamp(wanted / std::max<int64_t>(min_row_groups, 1), min_column_groups, num_panels);
+  // Rows are split further where the columns do not feed all threads.
+  const int64_t row_groups =
+      std::clamp(wanted / column_groups, min_row_groups, std::max(min_row_groups, p.num_rows / kMaxRows));
+  return {column_groups, row_groups, threads};
+}
+
+void run_task(const Product& p, const Division& d, int64_t t) {
+  // Neighbouring tasks share weights: the first one brings them into the cache.
+  const int64_t num_panels = num_panels_of(p), columns = t / d.row_groups, group = t % d.row_groups;
+  const int64_t row = p.num_rows * group / d.row_groups, end = p.num_rows * (group + 1) / d.row_groups;
+  const int64_t first = num_panels * columns / d.column_groups, last = num_panels * (columns + 1) / d.column_groups;
+  with_dtype(p.dtype, [&](auto type) { Panels<decltype(type)>(p).task(row, end - row, first, last); });
+}
+
+void unpack_row(const void* packed, int64_t dtype, int64_t num_columns, int64_t depth, int64_t id, float* out) {
+  with_dtype(dtype, [&](auto type) { unpack((const decltype(type)*)packed, num_columns, depth, id, out); });
+}
+
+}  // namespace kvasir::linear
 
 // weight [num_columns][depth] with row_stride elements between rows -> packed, rounded up to whole panels.
 KVASIR_EXPORT void kvasir_linear_pack(const void* weight, int64_t dtype, int64_t row_stride, int64_t num_columns,
@@ -248,9 +253,8 @@ KVASIR_EXPORT void kvasir_linear_pack(const void* weight, int64_t dtype, int64_t
 // out[i] = row ids[i] of the weight that was packed, as fp32.
 KVASIR_EXPORT void kvasir_linear_unpack_rows(const void* packed, int64_t dtype, int64_t num_columns, int64_t depth,
                                              const int64_t* ids, int64_t num_ids, float* out, int64_t threads) {
-  with_dtype(dtype, [&](auto type) {
-    using T = decltype(type);
-    unpack_rows((const T*)packed, num_columns, depth, ids, num_ids, out, threads);
+  parallel_for_runs(num_ids, depth * kPanel, kMinWorkPerThread, threads, [&](int64_t i) {
+    linear::unpack_row(packed, dtype, num_columns, depth, ids[i], out + i * depth);
   });
 }
 
@@ -258,10 +262,10 @@ KVASIR_EXPORT void kvasir_linear_unpack_rows(const void* packed, int64_t dtype, 
 KVASIR_EXPORT void kvasir_linear(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth, int64_t num_columns,
                                  const void* packed, int64_t dtype, const float* bias, float* out, int64_t out_stride,
                                  int64_t threads) {
-  with_dtype(dtype, [&](auto type) {
-    using T = decltype(type);
-    Product<T>{x, x_stride, num_rows, depth, num_columns, (const T*)packed, bias, out, out_stride}.run(threads);
-  });
+  const linear::Product product{x, x_stride, num_rows, depth, num_columns, packed, dtype, bias, out, out_stride};
+  const int64_t useful = std::clamp<int64_t>(linear::work_of(product) / kMinWorkToWake, 1, threads);
+  const linear::Division division = linear::divide(product, useful);
+  parallel_for(division.num_tasks(), division.threads, [&](int64_t t) { linear::run_task(product, division, t); });
 }
 
 // Ask for large pages before the memory is first touched: a product streams every weight, and with 4 KiB pages the

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MODES = ("auto", "fp32", "fp16", "deterministic")
+
+
+class Panels(NamedTuple):
+    """A weight as the native library reads it; addresses are good as long as the PackedLinear lives."""
+
+    weights: int  # address
+    dtype_code: int  # kernels.native.DTYPE_CODES
+    bias: int | None  # address of fp32 values, a whole number of panels
 
 
 class PackedLinear(ABC):
@@ -17,11 +26,13 @@ class PackedLinear(ABC):
     kind                        how it is computed and held, for the start-up report, for instance "panels_bf16"
     is_batch_invariant          whether a row's result has the same bits in every batch and with any number of threads
     holds_rows                  whether `rows` works, so that a tied embedding needs no table of its own
+    panels                      where the native library finds the weight; None: it lies elsewhere
     """
 
     kind: str
     is_batch_invariant: bool = False
     holds_rows: bool = True
+    panels: Panels | None = None
 
     def __init__(self, out_features: int, in_features: int) -> None:
         self.out_features = out_features

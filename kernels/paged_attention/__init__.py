@@ -6,21 +6,20 @@ Shape letters: T new tokens, R rows (requests), H query heads, H_kv kv heads, D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.paged_attention.plan import AttentionPlan, rows_of
+from kernels.paged_attention.plan import AttentionPlan, Extents
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def plan_attention(
-    cu_seqlens_q: Tensor | Sequence[int],
-    seq_lens: Tensor | Sequence[int],
+    cu_seqlens_q: Extents,
+    seq_lens: Extents,
     *,
     num_kv_heads: int = 1,
     device: torch.device | str = "cpu",
@@ -30,18 +29,16 @@ def plan_attention(
     cu_seqlens_q  [R+1]  row r owns tokens cu_seqlens_q[r] to cu_seqlens_q[r+1]; starts at 0, does not fall
     seq_lens      [R] or [R, H_kv]  as for `paged_attention`, or an upper bound of it
     num_kv_heads          how many heads compute side by side; only a hint for the division of work
-    Both tensors are read on the host: give lists or CPU tensors, else the call waits for the device.
+    Both are read on the host, when the plan is first used: give lists or what lies on the CPU, else that waits for the
+    device; and leave them as they are until then.
     Raises ValueError when the two disagree in length.
     """
-    rows = rows_of(cu_seqlens_q, seq_lens)
+    starts, lengths = len(cu_seqlens_q), len(seq_lens)
+    if starts != lengths + 1:
+        raise ValueError(f"cu_seqlens_q has {starts} entries, need one more than the {lengths} of seq_lens")
     device = torch.device(device)
     module = backend.implementation("paged_attention", device)
-    return AttentionPlan(
-        rows=rows,
-        num_tokens=sum(row.num_queries for row in rows),
-        module=module,
-        work=module.plan(rows, num_kv_heads, device),
-    )
+    return AttentionPlan(cu_seqlens_q, seq_lens, num_kv_heads, device, module)
 
 
 @overload

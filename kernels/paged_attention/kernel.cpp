@@ -6,71 +6,19 @@
 // its queries merges as it goes; long sequences are divided over several items, whose partials a second pass merges with
 // the same function. So the division into items changes no bit of the result. plan in cpp_impl.py makes the items.
 #include <algorithm>
-#include <new>
 #include <utility>
 
+#include "arena.h"
+#include "attention.h"
+#include "team.h"
 #include "tile.h"
 
 namespace kvasir::attention {
 namespace {
 
-constexpr int kSplitKeys = 256;       // as SPLIT_KEYS in cpp_impl.py; a multiple of kTileKeys
 constexpr int kMaxRowsReadInPlace = 8;  // with more rows, converting a 16-bit tile once is cheaper
 
-// Field by field the Params of cpp_impl.py.
-struct Params {
-  const void* q;
-  const void* k_cache;
-  const void* v_cache;
-  const int32_t* block_table;
-  const int32_t* seq_lens;
-  const int32_t* cu_seqlens_q;
-  const float* sinks;  // or null
-  void* out;
-  float* lse;  // or null
-  const int32_t* items;   // [num_items, 6]: row, first query, queries, first split, last split + 1, partial or -1
-  const int32_t* merges;  // [num_merges, 5]: row, first query, queries, splits, partial
-  float* partial_acc;     // [partials, H, Dv]; a partial is one query of one split
-  float* partial_stats;   // [partials, H, 2]: largest score, sum of weights
-  int64_t num_items, num_merges, num_heads, num_kv_heads, head_dim, head_dim_v, block_size;
-  int64_t q_stride_token, q_stride_head, out_stride_token, out_stride_head;
-  int64_t k_stride_block, k_stride_head, v_stride_block, v_stride_head;
-  int64_t table_stride_row, table_stride_head, lens_stride_row, lens_stride_head;
-  int64_t q_dtype, cache_dtype, window, num_threads;
-  float scale, soft_cap;
-};
-
-struct Item {
-  int32_t row, first_query, num_queries, first_split, last_split, partial;
-};
-struct Merge {
-  int32_t row, first_query, num_queries, num_splits, partial;
-};
-
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// A thread's working memory; kept from call to call, for it is touched in every layer of every step.
-class Arena {
- public:
-  // Start of at least `count` floats, aligned for vectors; earlier contents are lost.
-  float* reserve(int64_t count) {
-    if (count > capacity_) {
-      release();
-      data_ = static_cast<float*>(::operator new(count * sizeof(float), kAlignment));
-      capacity_ = count;
-    }
-    return data_;
-  }
-  ~Arena() { release(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  void release() {
-    if (data_ != nullptr) ::operator delete(data_, kAlignment);
-  }
-  float* data_ = nullptr;
-  int64_t capacity_ = 0;
-};
 
 thread_local Arena arena;
 
@@ -192,7 +140,7 @@ void write_partial(const Params& p, const TileIndex& index, const Scratch& scrat
   }
 }
 
-void run_merge(const Params& p, const Merge& merge, int64_t kv_head) {
+void merge_partials(const Params& p, const Merge& merge, int64_t kv_head) {
   const Scratch scratch(p, merge.num_queries);
   const TileIndex index = tile_index(p, merge.row, merge.first_query, kv_head);
   clear_merged(scratch);
@@ -290,7 +238,7 @@ void run_split(const Params& p, const Cache<T>& cache, const Scratch& scratch, i
 }
 
 template <class T>
-void run_item(const Params& p, const Item& item, int64_t kv_head) {
+void attend(const Params& p, const Item& item, int64_t kv_head) {
   const Scratch scratch(p, item.num_queries);
   const Rows& rows = scratch.rows;
   const TileIndex index = tile_index(p, item.row, item.first_query, kv_head);
@@ -319,30 +267,27 @@ void run_item(const Params& p, const Item& item, int64_t kv_head) {
   if (item.partial < 0) finish(p, index, scratch);
 }
 
-template <class T>
-void run(const Params& p) {
-  const Item* items = (const Item*)p.items;
-  const Merge* merges = (const Merge*)p.merges;
-  const int64_t num_items = p.num_items * p.num_kv_heads, num_merges = p.num_merges * p.num_kv_heads;
-#pragma omp parallel num_threads(p.num_threads) if (p.num_threads > 1 && num_items > 1)
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_items; ++i) run_item<T>(p, items[i / p.num_kv_heads], i % p.num_kv_heads);
-    if (num_merges > 0) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < num_merges; ++i) run_merge(p, merges[i / p.num_kv_heads], i % p.num_kv_heads);
-    }
+}  // namespace
+
+void run_item(const Params& p, int64_t i, int64_t kv_head) {
+  const Item& item = ((const Item*)p.items)[i];
+  switch (p.cache_dtype) {
+    case kFloat32: return attend<float>(p, item, kv_head);
+    case kFloat16: return attend<Half>(p, item, kv_head);
+    case kBFloat16: return attend<BFloat16>(p, item, kv_head);
   }
 }
 
-}  // namespace
+void run_merge(const Params& p, int64_t i, int64_t kv_head) {
+  merge_partials(p, ((const Merge*)p.merges)[i], kv_head);
+}
+
 }  // namespace kvasir::attention
 
-KVASIR_EXPORT void kvasir_paged_attention(const kvasir::attention::Params* params) {
+KVASIR_EXPORT void kvasir_paged_attention(const kvasir::attention::Params* p) {
   using namespace kvasir;
-  switch (params->cache_dtype) {
-    case kFloat32: return attention::run<float>(*params);
-    case kFloat16: return attention::run<Half>(*params);
-    case kBFloat16: return attention::run<BFloat16>(*params);
-  }
+  parallel_for(p->num_items * p->num_kv_heads, p->num_threads,
+               [&](int64_t i) { attention::run_item(*p, i / p->num_kv_heads, i % p->num_kv_heads); });
+  parallel_for(p->num_merges * p->num_kv_heads, p->num_threads,
+               [&](int64_t i) { attention::run_merge(*p, i / p->num_kv_heads, i % p->num_kv_heads); });
 }

@@ -1,14 +1,22 @@
-"""What attention works out once per step: the rows' extents on the host, and the chosen implementation's work list."""
+"""What attention works out once per step: the rows' extents on the host, and the chosen implementation's work list.
+
+Both are made when they are first looked at: a step that divides its attention itself pays for neither.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
+
+Extents = Tensor | np.ndarray | Sequence[int]
 
 
 class Row(NamedTuple):
@@ -22,21 +30,33 @@ class Row(NamedTuple):
 class AttentionPlan:
     """Made by `plan_attention`; valid for every layer of one step and for the implementation that made it."""
 
-    rows: tuple[Row, ...]
-    num_tokens: int
+    cu_seqlens_q: Extents
+    seq_lens: Extents
+    num_kv_heads: int
+    device: torch.device
     module: ModuleType  # the implementation
-    work: Any  # its own work list
     checked: set[Hashable] = field(default_factory=set)  # layouts of tensors found to fit, one per kind of layer
 
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        return rows_of(self.cu_seqlens_q, self.seq_lens)
 
-def rows_of(cu_seqlens_q: Tensor | Sequence[int], seq_lens: Tensor | Sequence[int]) -> tuple[Row, ...]:
-    """Host copy of the batch's extents. Raises ValueError when the two disagree in length."""
+    @cached_property
+    def num_tokens(self) -> int:
+        return sum(row.num_queries for row in self.rows)
+
+    @cached_property
+    def work(self) -> Any:
+        """The implementation's own work list."""
+        return self.module.plan(self.rows, self.num_kv_heads, self.device)
+
+
+def rows_of(cu_seqlens_q: Extents, seq_lens: Extents) -> tuple[Row, ...]:
+    """Host copy of the batch's extents."""
     starts = _to_list(cu_seqlens_q)
     lengths = [max(entry) if isinstance(entry, list) else entry for entry in _to_list(seq_lens)]
-    if len(starts) != len(lengths) + 1:
-        raise ValueError(f"cu_seqlens_q has {len(starts)} entries, need one more than the {len(lengths)} of seq_lens")
     return tuple(Row(end - start, length) for (start, end), length in zip(pairwise(starts), lengths, strict=True))
 
 
-def _to_list(values: Tensor | Sequence[int]) -> list[Any]:
-    return values.tolist() if isinstance(values, Tensor) else list(values)
+def _to_list(values: Extents) -> list[Any]:
+    return values.tolist() if isinstance(values, (Tensor, np.ndarray)) else list(values)

@@ -1,13 +1,16 @@
 // RMS normalisation of rows, float arithmetic. Threads share the tokens; small work stays on one.
+#include "row.h"
+
 #include "dispatch.h"
 #include "simd.h"
+#include "team.h"
 
 namespace {
 
 using namespace kvasir;
 
-// Elements below which a fork-join costs more than it saves.
-constexpr int64_t kSerialElements = 32768;
+// Elements that are worth waking a thread.
+constexpr int64_t kElementsPerThread = 131072;
 constexpr int kUnroll = 4;  // sums side by side, so that the additions' latency does not bound
 
 template <class T>
@@ -44,9 +47,17 @@ void add(const T* x, int64_t size, T* residual) {
   if (rest) store_n(residual + i, load_n(residual + i, rest) + load_n(x + i, rest), rest);
 }
 
-bool pays_threads(int64_t num_tokens, int64_t size) { return num_tokens > 1 && num_tokens * size > kSerialElements; }
-
 }  // namespace
+
+namespace kvasir::norm {
+
+void normalize_row(const float* x, int64_t size, const float* weight, float eps, float* out) {
+  normalize(x, size, weight, eps, out);
+}
+
+void add_row(const float* x, int64_t size, float* residual) { add(x, size, residual); }
+
+}  // namespace kvasir::norm
 
 // x, out: [num_tokens][num_heads][size] with their own strides, in elements; dtype as DType; weight: [size] float.
 KVASIR_EXPORT void kvasir_rms_norm(const void* x, int64_t x_stride_t, int64_t x_stride_h, void* out,
@@ -55,11 +66,11 @@ KVASIR_EXPORT void kvasir_rms_norm(const void* x, int64_t x_stride_t, int64_t x_
                                    int64_t num_threads) {
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-#pragma omp parallel for num_threads(num_threads) if (pays_threads(num_tokens, num_heads * size))
-    for (int64_t t = 0; t < num_tokens; ++t)
+    parallel_for_runs(num_tokens, num_heads * size, kElementsPerThread, num_threads, [&](int64_t t) {
       for (int64_t h = 0; h < num_heads; ++h)
         normalize((const T*)x + t * x_stride_t + h * x_stride_h, size, weight, eps,
                   (T*)out + t * out_stride_t + h * out_stride_h);
+    });
   });
 }
 
@@ -69,11 +80,10 @@ KVASIR_EXPORT void kvasir_add_rms_norm(const void* x, int64_t x_stride, void* re
                                        const float* weight, float eps, int64_t num_threads) {
   with_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-#pragma omp parallel for num_threads(num_threads) if (pays_threads(num_tokens, size))
-    for (int64_t t = 0; t < num_tokens; ++t) {
+    parallel_for_runs(num_tokens, size, kElementsPerThread, num_threads, [&](int64_t t) {
       T* sum = (T*)residual + t * residual_stride;
       add((const T*)x + t * x_stride, size, sum);
       normalize<T>(sum, size, weight, eps, (T*)out + t * size);
-    }
+    });
   });
 }

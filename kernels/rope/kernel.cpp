@@ -1,24 +1,24 @@
 // Rotary position embedding in place. Threads share the tokens; small work stays on one.
 #include "rotate.h"
+#include "team.h"
 
 namespace {
 
 using namespace kvasir;
 
-// Elements below which a fork-join costs more than it saves.
-constexpr int64_t kSerialElements = 16384;
+// Elements that are worth waking a thread.
+constexpr int64_t kElementsPerThread = 65536;
 
 template <class T>
 void run(T* x, int64_t stride_token, int64_t stride_head, int64_t num_tokens, int64_t num_heads, int64_t head_dim,
          const int64_t* positions, const float* cos_sin, int64_t rot_dim, bool interleaved, int64_t num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_tokens * num_heads * rot_dim > kSerialElements)
-  for (int64_t t = 0; t < num_tokens; ++t) {
+  parallel_for_runs(num_tokens, num_heads * rot_dim, kElementsPerThread, num_threads, [&](int64_t t) {
     const float* row = cos_sin + positions[t] * rot_dim;
     for (int64_t h = 0; h < num_heads; ++h) {
       T* head = x + t * stride_token + h * stride_head;
       rotate(head, head, row, rot_dim / 2, head_dim, interleaved);
     }
-  }
+  });
 }
 
 }  // namespace

@@ -7,11 +7,15 @@
 
 #include "noise.h"
 #include "select.h"
+#include "team.h"
 
 using namespace kvasir;
 
 namespace {
 
+// Elements of rows that are worth waking a thread, when only the best is looked for and when noise or filters come in:
+// some 200 microseconds.
+constexpr int64_t kGreedyElementsPerThread = 1'000'000, kElementsPerThread = 131072;
 constexpr float kGreedyBelow = 1e-5f;  // __init__.py: GREEDY_BELOW
 
 struct Leader {
@@ -232,13 +236,13 @@ KVASIR_EXPORT void kvasir_sample(const float* logits, int64_t num_rows, int64_t 
                                  const float* temperature, const int64_t* top_k, const float* top_p,
                                  const float* min_p, const float* typical_p, const int64_t* keys, int64_t* out,
                                  int64_t num_threads) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_rows > 1)
-  for (int64_t r = 0; r < num_rows; ++r) {
+  const int64_t enough = temperature ? kElementsPerThread : kGreedyElementsPerThread;
+  parallel_for_runs(num_rows, n, enough, num_threads, [&](int64_t r) {
     const Filters filters = {top_k ? top_k[r] : 0, top_p ? top_p[r] : 1.0f, min_p ? min_p[r] : 0.0f,
                              typical_p ? typical_p[r] : 1.0f};
     const float t = temperature ? temperature[r] : 0.0f;
     out[r] = sample_row(logits + r * stride, int(n), t, filters, keys ? uint64_t(keys[r]) : 0);
-  }
+  });
 }
 
 // The random words of tokens [0, n) of each row, widened: out [num_rows, n].

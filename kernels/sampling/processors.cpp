@@ -1,9 +1,13 @@
 // Around the choice of a token: penalties and masks before it, log-probabilities after it. Rows run in parallel.
 #include "select.h"
+#include "team.h"
 
 using namespace kvasir;
 
 namespace {
+
+// Elements of rows that are worth waking a thread.
+constexpr int64_t kElementsPerThread = 131072;
 
 // The repetition penalty scales towards less likely whatever the sign; the other two subtract.
 void penalise_row(float* row, int64_t n, const int32_t* counts, const uint8_t* in_prompt, float repetition,
@@ -91,27 +95,27 @@ KVASIR_EXPORT void kvasir_apply_penalties(float* logits, int64_t n, int64_t stri
                                           const int64_t* slots, int64_t num_penalised, const int32_t* output_counts,
                                           const uint8_t* prompt_mask, const float* repetition, const float* presence,
                                           const float* frequency, int64_t num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_penalised > 1)
-  for (int64_t j = 0; j < num_penalised; ++j)
+  parallel_for_runs(num_penalised, n, kElementsPerThread, num_threads, [&](int64_t j) {
     penalise_row(logits + rows[j] * stride, n, output_counts + slots[j] * n, prompt_mask + slots[j] * n, repetition[j],
                  presence[j], frequency[j]);
+  });
 }
 
 // mask [num_rows, ceil(n / 32)]: bit i % 32 of word i / 32 allows token i.
 KVASIR_EXPORT void kvasir_apply_token_bitmask(float* logits, int64_t num_rows, int64_t n, int64_t stride,
                                               const int32_t* mask, int64_t num_threads) {
   const int64_t num_words = (n + 31) / 32;
-#pragma omp parallel for num_threads(num_threads) if (num_rows > 1)
-  for (int64_t r = 0; r < num_rows; ++r)
+  parallel_for_runs(num_rows, n, kElementsPerThread, num_threads, [&](int64_t r) {
     mask_row(logits + r * stride, n, reinterpret_cast<const uint32_t*>(mask) + r * num_words);
+  });
 }
 
 // A row that is not finite, and an id outside of it, give NaN, rank 0 and ids -1.
 KVASIR_EXPORT void kvasir_log_probs(const float* logits, int64_t num_rows, int64_t n, int64_t stride, const int64_t* ids,
                                     int64_t top_n, float* log_probs, int64_t* ranks, int64_t* top_ids,
                                     float* top_log_probs, int64_t num_threads) {
-#pragma omp parallel for num_threads(num_threads) if (num_rows > 1)
-  for (int64_t r = 0; r < num_rows; ++r)
+  parallel_for_runs(num_rows, n, kElementsPerThread, num_threads, [&](int64_t r) {
     log_prob_row(logits + r * stride, int(n), ids[r], int(top_n),
                  {log_probs + r, ranks + r, top_ids + r * top_n, top_log_probs + r * top_n});
+  });
 }

@@ -1,0 +1,282 @@
+"""All layers of a dense decoder in one native call, with the bits of the single operations called one by one.
+
+Not an operation of its own but a composition, for CPU only: what it computes is defined by the sequence of operations
+that the caller would make otherwise, and the caller keeps that path for whatever does not fit here.
+Shape letters: T tokens, R rows, C hidden size, H query heads, H_kv key/value heads, D head_dim, I intermediate size,
+NB blocks, L layers, BS block size, MB blocks per row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import backend, native
+from kernels.act_and_mul import ACTIVATIONS
+from kernels.linear.packed import PackedLinear
+from kernels.native import DTYPE_CODES, FLOAT, INT, PTR
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """One layer: norm -> qkv -> q/k norms -> rotation -> attention -> o, then norm -> gate_up -> activation -> down.
+
+    Norms are fp32 [C] ([D], or [H * D] and [H_kv * D], for q and k), None where the family has none. `next_norm` opens
+    the next layer, or is the final one.
+    """
+
+    qkv: PackedLinear
+    o: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    attention_out_norm: Tensor | None
+    mlp_norm: Tensor | None
+    mlp_out_norm: Tensor | None
+    next_norm: Tensor | None
+    cos_sin: Tensor | None  # [positions, rot_dim] fp32, as of kernels.apply_rope; None: nothing rotates
+    window: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderWeights:
+    """The whole decoder up to its last norm."""
+
+    embedding: Tensor | PackedLinear  # [V, C] float, or a packed weight whose rows are the embeddings
+    first_norm: Tensor | None
+    layers: Sequence[LayerWeights]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    activation: str
+    norm_eps: float
+    norms_whole_projection: bool  # q and k norms over all heads at once
+    qkv_clip: float  # 0: off
+    attention_scale: float
+    attention_soft_cap: float  # 0: off
+    residual_multiplier: float
+    embedding_multiplier: float
+
+
+class DecoderStep:
+    """Prepared once per model; holds its weights. Called from one thread at a time."""
+
+    def __init__(self, weights: DecoderWeights) -> None:
+        """Raises ValueError where `obstacle` names something."""
+        problem = obstacle(weights)
+        if problem is not None:
+            raise ValueError(problem)
+        self._weights = weights  # the memory that the structures below point to
+        first = weights.layers[0]
+        self._hidden_size = first.qkv.in_features
+        self._layers = (_Layer * len(weights.layers))(*(_layer(layer) for layer in weights.layers))
+        self._program = _Program(
+            layers=ctypes.addressof(self._layers),
+            first_norm=_address(weights.first_norm),
+            embedding=_embedding(weights.embedding),
+            num_layers=len(weights.layers),
+            hidden_size=self._hidden_size,
+            intermediate_size=first.down.in_features,
+            num_heads=weights.num_heads,
+            num_kv_heads=weights.num_kv_heads,
+            head_dim=weights.head_dim,
+            activation=ACTIVATIONS.index(weights.activation),
+            norms_projection=weights.norms_whole_projection,
+            norm_eps=weights.norm_eps,
+            attention_scale=weights.attention_scale,
+            attention_soft_cap=weights.attention_soft_cap,
+            qkv_clip=weights.qkv_clip,
+            residual_multiplier=weights.residual_multiplier,
+            embedding_multiplier=weights.embedding_multiplier,
+        )
+        self._batch = _Batch()
+        self._addresses = (ctypes.addressof(self._program), ctypes.addressof(self._batch))
+        self._pools: tuple[Tensor, Tensor, _Pool] | None = None
+        self._run = native.function("kvasir_decoder_step", PTR, PTR, PTR, restype=INT)
+
+    def __call__(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        cu_seqlens_q: Tensor,
+        seq_lens: Tensor,
+        block_table: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+    ) -> Tensor:
+        """Hidden states [T, C] fp32 after the last norm; the tokens' keys and values are in the caches then.
+
+        token_ids, positions, slots  [T] int64; slot -1 writes nothing
+        cu_seqlens_q, seq_lens       [R + 1], [R] int32, on the host: as for kernels.paged_attention
+        block_table                  [R, MB] int32, rows contiguous
+        k_cache, v_cache             [NB, L, H_kv, BS, D] float, contiguous, of one type
+        All but block_table are contiguous. Positions, slots and block ids are not checked.
+        Raises IndexError for a token id outside of the vocabulary, before anything is written.
+        """
+        num_tokens = token_ids.shape[0]
+        hidden = torch.empty(num_tokens, self._hidden_size)
+        batch = self._batch
+        batch.token_ids = token_ids.data_ptr()
+        batch.positions = positions.data_ptr()
+        batch.slots = slots.data_ptr()
+        batch.cu_seqlens_q = cu_seqlens_q.data_ptr()
+        batch.seq_lens = seq_lens.data_ptr()
+        batch.block_table = block_table.data_ptr()
+        batch.table_stride = block_table.stride(0)
+        batch.num_tokens = num_tokens
+        batch.num_rows = seq_lens.shape[0]
+        batch.num_threads = native.num_threads()
+        batch.hidden = hidden.data_ptr()
+        program, batch_address = self._addresses
+        bad = self._run(program, ctypes.addressof(self._pool(k_cache, v_cache)), batch_address)
+        if bad >= 0:
+            raise IndexError(f"token id {int(token_ids[bad])} is outside of the vocabulary")
+        return hidden
+
+    def _pool(self, k_cache: Tensor, v_cache: Tensor) -> _Pool:
+        """Made once per pair of pools; a model is nearly always called with the same."""
+        if self._pools is None or self._pools[0] is not k_cache or self._pools[1] is not v_cache:
+            expected = (len(self._weights.layers), self._weights.num_kv_heads)
+            for cache in (k_cache, v_cache):
+                if (cache.shape[1:3], cache.shape[4]) != (expected, self._weights.head_dim) or (
+                    not cache.is_contiguous() or cache.dtype != k_cache.dtype or cache.device.type != "cpu"
+                ):
+                    raise ValueError(f"a cache is {list(cache.shape)} {cache.dtype}, which does not fit the decoder")
+            pool = _Pool(
+                k=k_cache.data_ptr(),
+                v=v_cache.data_ptr(),
+                dtype=DTYPE_CODES[k_cache.dtype],
+                block_size=k_cache.shape[3],
+                stride_block=k_cache.stride(0),
+                stride_layer=k_cache.stride(1),
+                stride_head=k_cache.stride(2),
+            )
+            self._pools = (k_cache, v_cache, pool)
+        return self._pools[2]
+
+
+def obstacle(weights: DecoderWeights) -> str | None:
+    """Why these weights cannot run as one native call, or None when they can."""
+    embedding = weights.embedding
+    if embedding.device.type != "cpu" if isinstance(embedding, Tensor) else embedding.panels is None:
+        return "the embedding is not in the native library's hands"
+    if backend.select("linear", "cpu") != "cpp":
+        return "the native kernels are off"
+    for layer in weights.layers:
+        linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
+        kinds = {linear.kind for linear in linears if linear.panels is None}
+        if kinds:
+            return f"weights are packed as {', '.join(sorted(kinds))}"
+        if layer.gate_up.out_features != 2 * layer.down.in_features:
+            return "the MLP is not gated"
+        sizes = [linear.in_features for linear in linears] + [layer.down.in_features]
+        first = weights.layers[0]
+        if sizes[0] != first.qkv.in_features or sizes[-1] != first.down.in_features:
+            return "layers differ in size"
+    return None
+
+
+def _layer(layer: LayerWeights) -> _Layer:
+    return _Layer(
+        qkv=_linear(layer.qkv),
+        o=_linear(layer.o),
+        gate_up=_linear(layer.gate_up),
+        down=_linear(layer.down),
+        q_norm=_address(layer.q_norm),
+        k_norm=_address(layer.k_norm),
+        attention_out_norm=_address(layer.attention_out_norm),
+        mlp_norm=_address(layer.mlp_norm),
+        mlp_out_norm=_address(layer.mlp_out_norm),
+        next_norm=_address(layer.next_norm),
+        cos_sin=_address(layer.cos_sin),
+        rot_dim=0 if layer.cos_sin is None else layer.cos_sin.shape[1],
+        window=layer.window,
+    )
+
+
+def _embedding(table: Tensor | PackedLinear) -> _Embedding:
+    if isinstance(table, Tensor):
+        code = DTYPE_CODES[table.dtype]
+        return _Embedding(rows=table.data_ptr(), dtype=code, stride=table.stride(0), vocab_size=table.shape[0])
+    packed = _linear(table)
+    return _Embedding(rows=packed.weights, dtype=packed.dtype, is_packed=True, vocab_size=packed.columns)
+
+
+def _linear(linear: PackedLinear) -> _Linear:
+    panels = linear.panels
+    assert panels is not None, "`obstacle` has looked"
+    return _Linear(
+        weights=panels.weights,
+        bias=panels.bias,
+        dtype=panels.dtype_code,
+        depth=linear.in_features,
+        columns=linear.out_features,
+    )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.dtype == torch.float32, "norms and rotations are kept in fp32"
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+class _Structure(ctypes.Structure):
+    """Field by field a structure of kernel.cpp."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+
+
+class _Linear(_Structure):
+    _fields_ = (("weights", PTR), ("bias", PTR), *((name, INT) for name in ("dtype", "depth", "columns")))
+
+
+class _Layer(_Structure):
+    _fields_ = (
+        *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, PTR) for name in ("q_norm", "k_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm", "next_norm")),
+        ("cos_sin", PTR),
+        ("rot_dim", INT),
+        ("window", INT),
+    )
+
+
+class _Embedding(_Structure):
+    _fields_ = (("rows", PTR), *((name, INT) for name in ("dtype", "stride", "is_packed", "vocab_size")))
+
+
+class _Program(_Structure):
+    _fields_ = (
+        ("layers", PTR),
+        ("first_norm", PTR),
+        ("embedding", _Embedding),
+        *((name, INT) for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")),
+        *((name, INT) for name in ("head_dim", "activation", "norms_projection")),
+        *((name, FLOAT) for name in ("norm_eps", "attention_scale", "attention_soft_cap", "qkv_clip")),
+        *((name, FLOAT) for name in ("residual_multiplier", "embedding_multiplier")),
+    )
+
+
+class _Pool(_Structure):
+    _fields_ = (
+        ("k", PTR),
+        ("v", PTR),
+        *((name, INT) for name in ("dtype", "block_size", "stride_block", "stride_layer", "stride_head")),
+    )
+
+
+class _Batch(_Structure):
+    _fields_ = (
+        *((name, PTR) for name in ("token_ids", "positions", "slots", "cu_seqlens_q", "seq_lens", "block_table")),
+        *((name, INT) for name in ("table_stride", "num_tokens", "num_rows", "num_threads")),
+        ("hidden", PTR),
+    )
