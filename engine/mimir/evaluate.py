@@ -24,12 +24,13 @@ from engine.mimir.tasks import Task, contains_answer, make_task
 from engine.mimir.tokenizer import PAD, TURN_END, token_id
 
 LENGTHS = (256, 512, 1024, 2048)
-LOOKUP_TASKS = ("needle", "key_value", "multi_key", "facts", "variables")
+LOOKUP_TASKS = ("needle_single", "needle", "needle_first", "key_value", "multi_key", "facts", "variables")
 SHORT_TASKS = (
     "chat",
     "memory",
     "copy",
     "arithmetic",
+    "small_arithmetic",
     "total",
     "largest",
     "positions",

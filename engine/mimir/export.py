@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from engine.mimir import model_path
+from engine.mimir.checkpoint import load_state
 from engine.mimir.model import Mimir, ModelShape
 from engine.mimir.presets import PRESETS
 from engine.mimir.tokenizer import BOS, EOS, PAD, TURN_END, token_id
@@ -110,12 +111,12 @@ def _write_json(path: Path, content: dict[str, object]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder with state.pt")
+    parser.add_argument("--run", type=Path, required=True, help="folder with state.safetensors")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     model = Mimir(PRESETS[args.preset].shape)
-    model.load_state_dict(torch.load(args.run / "state.pt", map_location="cpu", weights_only=True)["model"])
+    model.load_state_dict(load_state(args.run).model)
     export(model, args.out, model_path())
 
 

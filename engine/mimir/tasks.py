@@ -11,7 +11,9 @@ from engine.mimir.corpus.base import Chat, Maker
 
 MAKERS: dict[str, Maker] = {
     "needle": retrieval.needle,
+    "needle_single": retrieval.needle_single,
     "needle_talk": retrieval.needle_talk,
+    "needle_first": retrieval.needle_first,
     "key_value": retrieval.key_value,
     "key_value_talk": retrieval.key_value_talk,
     "facts_talk": people.facts_talk,
@@ -30,6 +32,7 @@ MAKERS: dict[str, Maker] = {
     "variables": reasoning.variables,
     "copy": reasoning.copy,
     "arithmetic": reasoning.arithmetic,
+    "small_arithmetic": reasoning.small_arithmetic,
     "thinking": reasoning.thinking,
     "tool_use": structured.tool_use,
     "json_object": structured.json_object,
@@ -38,7 +41,19 @@ MAKERS: dict[str, Maker] = {
 }
 # Tasks whose context grows with the wanted size; the others are short whatever is asked for.
 SIZED = frozenset(
-    {"needle", "needle_talk", "key_value", "key_value_talk", "multi_key", "table", "facts", "facts_talk", "variables"}
+    {
+        "needle",
+        "needle_single",
+        "needle_talk",
+        "needle_first",
+        "key_value",
+        "key_value_talk",
+        "multi_key",
+        "table",
+        "facts",
+        "facts_talk",
+        "variables",
+    }
 )
 
 

@@ -1,22 +1,25 @@
 """Trains Mimir: `python -m engine.mimir.train --preset cpu --run DIR [--workers 2]`.
 
-One script, one seed, phases as data (`presets.py`). A run resumes from `DIR/state.pt` (weights, optimizers, phase,
-step, running accuracies), so it may be stopped or paused at any time. On CPU, several single-threaded workers that
-average gradients once a step are faster and far less hurt by other load than one process with several threads.
+One script, one seed, phases as data (`presets.py`). A run resumes from `DIR/state.safetensors` (weights, optimizers,
+phase, step, running accuracies), so it may be stopped or paused at any time. On CPU, several single-threaded workers
+that average their weights every few steps (local SGD, arXiv:1805.09767) are faster and far less hurt by other load than
+one process with several threads.
 """
 
 import argparse
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.mimir import workers
+from engine.mimir.checkpoint import STATE_FILE, RunState, load_state, save_state
 from engine.mimir.data import Batch, StreamSpec, drill_name, load_batches
 from engine.mimir.export import load
 from engine.mimir.initialise import structure_induction
@@ -27,8 +30,9 @@ logger = logging.getLogger(__name__)
 
 WARMUP_STEPS = 50
 CLIP_NORM = 1.0
+AVERAGE_EVERY = 10  # steps that workers take on their own
 LOG_EVERY = 50
-SAVE_EVERY = 50
+SAVE_EVERY = 100  # a multiple of AVERAGE_EVERY
 EARLY_SHARE = 0.4  # of a time limit that the phases before the last may use
 ACCURACY_DECAY = 0.97  # of the running accuracy, per batch that holds the task
 
@@ -67,19 +71,28 @@ class Trainer:
     """Model, optimizers and progress of one run; `run` follows the preset's phases."""
 
     def __init__(
-        self, preset: Preset, folder: Path, seed: int, device: torch.device, teacher: Path | None = None
+        self,
+        preset: Preset,
+        folder: Path,
+        seed: int,
+        device: torch.device,
+        teacher: Path | None = None,
+        in_bf16: bool = False,
     ) -> None:
         self.preset, self.folder, self.seed, self.device = preset, folder, seed, device
         torch.manual_seed(seed)
         self.model = Mimir(preset.shape)
         structure_induction(self.model)
         self.model.to(device)
+        self.in_bf16 = in_bf16
+        for layer in self.model.blocks():
+            layer.mlp.in_bf16 = in_bf16
         self.optimizers = make_optimizers(self.model, preset)
         self.teacher = load(teacher).to(device) if teacher else None
         self.progress = Progress()
         self.started, self.limit_s = time.perf_counter(), math.inf
-        if (folder / "state.pt").exists():
-            self._restore()
+        if (folder / STATE_FILE).exists():
+            self._restore(folder)
 
     def run(self, max_steps: int | None, limit_s: float = math.inf) -> None:
         """Train until the last phase ends or `max_steps` more steps are done.
@@ -107,10 +120,17 @@ class Trainer:
         logger.info("phase %s from step %d", phase.name, self.progress.step)
         phase_started = time.perf_counter() - self.started
         started = time.perf_counter()
+        done = 0.0
         for batch in load_batches(spec, self.preset.data_workers):
-            done = workers.mean(max(self.progress.step / phase.max_steps, self._time_used(phase, phase_started)))
-            gate_met = workers.mean(self.progress.passes(phase)) > 0
-            if done >= 1 or gate_met or self.progress.total_steps >= stop_at:
+            if self.progress.step % AVERAGE_EVERY == 0:
+                workers.average_weights(self.model)
+                if self.progress.step % SAVE_EVERY == 0:
+                    self.save()
+                done = workers.mean(max(self.progress.step / phase.max_steps, self._time_used(phase, phase_started)))
+                if workers.mean(self.progress.passes(phase)) > 0:
+                    return
+            if done >= 1 or self.progress.step >= phase.max_steps or self.progress.total_steps >= stop_at:
+                workers.average_weights(self.model)
                 return
             self._set_rates(phase, done)
             loss = self._step(batch)
@@ -120,20 +140,19 @@ class Trainer:
             started = time.perf_counter()
             if self.progress.total_steps % LOG_EVERY == 0:
                 self._log(phase, loss)
-            if self.progress.total_steps % SAVE_EVERY == 0:
-                self.save()
 
     def _step(self, batch: Batch) -> float:
         ids, mask = batch.ids.to(self.device), batch.mask.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            scored = mask[:, 1:]
-            logits = self.model.logits(self.model(ids)[:, :-1][scored])  # [N, V]
+        scored = mask[:, 1:]
         targets = ids[:, 1:][scored]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            hidden = scored_states(self.model, ids, scored)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda" or self.in_bf16):
+            logits = self.model.logits(hidden)  # [N, V]
         loss = F.cross_entropy(logits.float(), targets)
         if self.teacher is not None:
             loss = 0.5 * loss + 0.5 * divergence(self.teacher, logits, ids, scored)
         loss.backward()
-        workers.average_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -171,30 +190,41 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Write `state.pt` atomically, from the first worker."""
-        if workers.rank() != 0:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            "model": self.model.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "progress": self.progress.__dict__,
-        }
-        torch.save(state, self.folder / "state.tmp")
-        (self.folder / "state.tmp").replace(self.folder / "state.pt")
+        """Write the state atomically, from the first worker."""
+        if workers.rank() == 0:
+            optimizers = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+            save_state(RunState(self.model.state_dict(), optimizers, asdict(self.progress)), self.folder)
 
-    def _restore(self) -> None:
-        state = torch.load(self.folder / "state.pt", map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.progress = Progress(**state["progress"])
+    def begin_from(self, folder: Path) -> None:
+        """Take weights, optimizers and counts from another run, but start this preset's phases at the first."""
+        self._restore(folder)
+        self.progress.phase, self.progress.step = 0, 0
+        self.progress.accuracy, self.progress.seen = {}, {}
+
+    def _restore(self, folder: Path) -> None:
+        state = load_state(folder, self.device)
+        self.model.load_state_dict(state.model)
+        self.progress = msgspec.convert(state.progress, Progress)
+        if not state.optimizers:  # saved before the first step
+            return
+        for optimizer, saved in zip(self.optimizers, state.optimizers, strict=True):
+            optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def scored_states(model: Mimir, ids: Tensor, scored: Tensor) -> Tensor:
+    """Hidden states [N, C] before the tokens that `scored` [B, T - 1] marks, in row order."""
+    counts = scored.sum(1)
+    most = int(counts.max())
+    if most > ids.shape[1] // 2:
+        return model(ids)[:, :-1][scored]
+    asked = torch.argsort(~scored, dim=1, stable=True)[:, :most]  # the marked positions first, in order
+    return model(ids, asked)[torch.arange(most, device=ids.device) < counts[:, None]]
 
 
 def divergence(teacher: Mimir, logits: Tensor, ids: Tensor, scored: Tensor) -> Tensor:
     """Kullback-Leibler divergence of the student's `logits` [N, V] from the teacher's distribution at `scored`."""
     with torch.no_grad():
-        wanted = teacher.logits(teacher(ids)[:, :-1][scored]).float().log_softmax(-1)
+        wanted = teacher.logits(scored_states(teacher, ids, scored)).float().log_softmax(-1)
     return F.kl_div(logits.float().log_softmax(-1), wanted, log_target=True, reduction="batchmean")
 
 
@@ -216,9 +246,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints; resumed when it holds one")
+    parser.add_argument("--start-from", type=Path, help="another run whose weights a new run begins with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that share each step (CPU)")
+    parser.add_argument("--bf16", action="store_true", help="feed-forward and logits in bf16 (CPUs with avx512_bf16)")
     parser.add_argument("--teacher", type=Path, help="exported model to distil from, besides the data")
     parser.add_argument("--minutes", type=float, default=math.inf, help="shorten the phases to end after this time")
     parser.add_argument("--max-steps", type=int, help="stop after this many more steps")
@@ -230,7 +262,9 @@ def train(args: argparse.Namespace) -> None:
     logging.basicConfig(
         level=logging.INFO if workers.rank() == 0 else logging.WARNING, format="%(asctime)s %(message)s"
     )
-    trainer = Trainer(PRESETS[args.preset], args.run, args.seed, torch.device(args.device), args.teacher)
+    trainer = Trainer(PRESETS[args.preset], args.run, args.seed, torch.device(args.device), args.teacher, args.bf16)
+    if args.start_from and not (args.run / STATE_FILE).exists():
+        trainer.begin_from(args.start_from)
     trainer.run(args.max_steps, args.minutes * 60)
 
 

@@ -10,10 +10,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from engine.mimir import model_path
+from engine.mimir.corpus.retrieval import BARE
 from engine.mimir.corpus.symbols import Drill
 from engine.mimir.tasks import MAKERS, SIZED, contains_answer, count_tokens, make_chat, make_task
 
-LOOKUPS = ("needle", "key_value", "multi_key", "table")
+LOOKUPS = ("needle", "needle_first", "key_value", "multi_key", "table")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,30 @@ def test_most_frequent_word_leads_clearly() -> None:
         listed = chat.turns[0].text.split("\n\n")[0].split(", ")
         others = [listed.count(item) for item in set(listed) - {chat.answer}]
         assert listed.count(chat.answer) >= max(others) + 2
+
+
+def test_question_stands_before_the_context_where_it_should() -> None:
+    for seed in range(20):
+        text = make_chat("needle_first", seed, 300).turns[0].text
+        owner = re.findall(r"(?:for|of) (.+) is", make_chat("needle_first", seed, 300).turns[-1].text)[0]
+        assert text.index(owner) < 120
+
+
+def test_question_for_the_bare_value_gets_a_sentence_that_names_the_key() -> None:
+    chats = [make_chat("needle", seed, 100) for seed in range(100)]
+    bare = [chat for chat in chats if chat.turns[-2].text.endswith(BARE)]
+    assert bare
+    for chat in bare:
+        assert re.fullmatch(r"The .+ is .+\.", chat.turns[-1].text)
+        assert chat.answer in chat.turns[-1].text
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "small_arithmetic"])
+def test_results_of_arithmetic_are_right(name: str) -> None:
+    for seed in range(50):
+        left, sign, right, result = re.findall(r"\d+|[-+*]", make_chat(name, seed, 0).turns[-1].text.replace("=", ""))
+        expected = {"+": int(left) + int(right), "-": int(left) - int(right), "*": int(left) * int(right)}[sign]
+        assert int(result) == expected
 
 
 def test_json_replies_parse() -> None:

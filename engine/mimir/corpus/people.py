@@ -66,6 +66,7 @@ ATTRIBUTES = {
 UNKNOWN = "The text does not say."
 LEAD = "The text says: "  # so that the name is spelled as in the text, after a space
 UNKNOWN_SHARE = 0.1
+LONG_CONTEXT = 400  # tokens from which a talk asks more questions
 
 
 def facts(rng: Random, size: int) -> Chat:
@@ -74,8 +75,8 @@ def facts(rng: Random, size: int) -> Chat:
 
 
 def facts_talk(rng: Random, size: int) -> Chat:
-    """The same with up to five questions in a row."""
-    return _facts(rng, size, rng.randint(2, 5))
+    """The same with up to five questions in a row, up to nine in long contexts."""
+    return _facts(rng, size, rng.randint(2, 5 if size < LONG_CONTEXT else 9))
 
 
 def _facts(rng: Random, size: int, num_questions: int) -> Chat:
@@ -83,7 +84,7 @@ def _facts(rng: Random, size: int, num_questions: int) -> Chat:
     known = {(p, a): ATTRIBUTES[a][0](rng) for p in people for a in rng.sample(sorted(ATTRIBUTES), rng.randint(1, 4))}
     lines = [ATTRIBUTES[a][1].format(n=p, v=v) for (p, a), v in known.items()]
     rng.shuffle(lines)
-    room = size - sum(map(estimate_tokens, lines)) - 30
+    room = size - sum(map(estimate_tokens, lines)) - 30 * num_questions
     if room > 20:
         lines = f.scatter(rng, lines, f.haystack(rng, room))
     exchanges = [_exchange(rng, known) for _ in range(num_questions)]

@@ -141,14 +141,21 @@ def copy(rng: Random, size: int) -> Chat:
 
 
 def arithmetic(rng: Random, size: int) -> Chat:
-    """One operation on small numbers."""
+    """One operation on numbers up to 99 (factors up to 10)."""
+    return _operation(rng, (9, 20, 20, 50, 99))
+
+
+def small_arithmetic(rng: Random, size: int) -> Chat:
+    """One operation on numbers up to ten."""
+    return _operation(rng, (5, 10))
+
+
+def _operation(rng: Random, limits: tuple[int, ...]) -> Chat:
     sign = rng.choice("++--*")
-    if sign == "*":
-        left, right = rng.randint(0, 10), rng.randint(0, 10)
-    else:
-        high = rng.choice((9, 20, 20, 50, 99))
-        left, right = rng.randint(0, high), rng.randint(0, high)
-        left, right = (max(left, right), min(left, right)) if sign == "-" else (left, right)
+    high = min(10, max(limits)) if sign == "*" else rng.choice(limits)
+    left, right = rng.randint(0, high), rng.randint(0, high)
+    if sign == "-":
+        left, right = max(left, right), min(left, right)
     result = {"+": left + right, "-": left - right, "*": left * right}[sign]
     spoken = {"+": "plus", "-": "minus", "*": "times"}[sign]
     question = pick(

@@ -1,5 +1,6 @@
 """Finding one or several facts in a long context: needles in prose, key-value records, tables."""
 
+from collections.abc import Callable
 from random import Random
 
 from engine.mimir.corpus import fillers as f
@@ -31,6 +32,7 @@ ATTRIBUTES = (
 BARE = ("Answer with the value only.", "Reply with just the value.", "Only give the value.", "Value only, please.")
 BARE_SHARE = 0.12
 QUOTED_SHARE = 0.8
+LONG_CONTEXT = 400  # tokens from which a talk asks more questions
 QUESTION_TOKENS = 45  # room left for instructions, question and markup
 
 
@@ -40,24 +42,51 @@ def needle(rng: Random, size: int) -> Chat:
     return _conversation(rng, context, exchanges)
 
 
-def needle_talk(rng: Random, size: int) -> Chat:
-    """Needles of one or two forms, several asked in turn."""
-    context, exchanges = _needles(rng, size, rng.randint(2, 6))
+def needle_single(rng: Random, size: int) -> Chat:
+    """The usual needle test: one fact in filler, and nothing like it anywhere near."""
+    context, exchanges = _needles(rng, size, 1, num_owners=1)
     return _conversation(rng, context, exchanges)
+
+
+def needle_talk(rng: Random, size: int) -> Chat:
+    """Several needles, asked in turn: up to six, up to twelve in long contexts."""
+    context, exchanges = _needles(rng, size, rng.randint(2, 6 if size < LONG_CONTEXT else 12), _ask_apart)
+    return _conversation(rng, context, exchanges)
+
+
+def needle_first(rng: Random, size: int) -> Chat:
+    """One needle whose question stands before the context."""
+    context, [(question, reply, value)] = _needles(rng, size, 1)
+    text = pick(
+        rng,
+        f"{question}\n\n{context}",
+        f"Question: {question}\n\nText: {context}",
+        f"{question}\n\nContext:\n{context}",
+        f"Answer this: {question}\nHere is the text.\n{context}",
+    )
+    return ask(text, reply, value)
 
 
 Exchange = tuple[str, str, str]  # question, reply, essential part of the reply
 
 
-def _needles(rng: Random, size: int, num_questions: int) -> tuple[str, list[Exchange]]:
+def _needles(
+    rng: Random,
+    size: int,
+    num_questions: int,
+    ask_fact: Callable[[Random, str, str], str] | None = None,
+    num_owners: int | None = None,
+) -> tuple[str, list[Exchange]]:
+    """Context and exchanges; `ask_fact` words the question from attribute and owner, `_ask_needle` by default."""
+    ask_fact = ask_fact or _ask_needle
     attribute = rng.choice(ATTRIBUTES)
-    owners = f.distinct(rng, max(num_questions, rng.choice((1, 1, 2, 3, 4, 6, 8))), f.entity)
+    owners = f.distinct(rng, num_owners or max(num_questions, rng.choice((1, 1, 2, 3, 4, 6, 8))), f.entity)
     facts = {owner: f.value(rng) for owner in owners}
     form = rng.randrange(4)
     lines = [_fact(form, attribute, owner, value) for owner, value in facts.items()]
     asked = rng.sample(owners, num_questions)
     exchanges = [
-        (_ask_needle(rng, attribute, owner), f"The {attribute} {_link(form)} {owner} is {facts[owner]}.", facts[owner])
+        (ask_fact(rng, attribute, owner), f"The {attribute} {_link(form)} {owner} is {facts[owner]}.", facts[owner])
         for owner in asked
     ]
     return _bury(rng, lines, size - 25 * (num_questions - 1)), exchanges
@@ -74,6 +103,18 @@ def _ask_needle(rng: Random, attribute: str, owner: str) -> str:
         f"Find the {attribute} of {owner} in the text.",
         f"What {attribute} does the text give for {owner}?",
         f"Which {attribute} does {owner} have?",
+    )
+
+
+def _ask_apart(rng: Random, attribute: str, owner: str) -> str:
+    """Mostly a question in which the owner does not follow the attribute as in the fact: the ones most often missed."""
+    if rng.random() < 0.3:
+        return _ask_needle(rng, attribute, owner)
+    return pick(
+        rng,
+        f"Which {attribute} belongs to {owner}?",
+        f"Which {attribute} does {owner} have?",
+        f"What {attribute} does the text give for {owner}?",
     )
 
 
@@ -97,9 +138,13 @@ def _bury(rng: Random, lines: list[str], size: int) -> str:
 
 
 def _conversation(rng: Random, context: str, exchanges: list[Exchange]) -> Chat:
-    """Context and first question in one of several layouts, then the other questions; bare values now and then."""
+    """Context and first question in one of several layouts, then the other questions.
+
+    Some ask for the value only. The reply is a sentence all the same: spelling out the key is how a model of this size
+    finds the value, and a bare value was wrong nearly always.
+    """
     if rng.random() < BARE_SHARE:
-        exchanges = [(f"{question} {rng.choice(BARE)}", value, value) for question, _, value in exchanges]
+        exchanges = [(f"{question} {rng.choice(BARE)}", reply, value) for question, reply, value in exchanges]
     question, reply, _ = exchanges[0]
     more = [text for question, reply, _ in exchanges[1:] for text in (question, reply)]
     layout = rng.randrange(5)
@@ -148,8 +193,8 @@ def key_value(rng: Random, size: int) -> Chat:
 
 
 def key_value_talk(rng: Random, size: int) -> Chat:
-    """Up to eight keys asked in turn."""
-    context, exchanges = _records(rng, size, rng.randint(2, 8))
+    """Several keys asked in turn: up to eight, up to sixteen in long contexts."""
+    context, exchanges = _records(rng, size, rng.randint(2, 8 if size < LONG_CONTEXT else 16))
     return _conversation(rng, context, exchanges)
 
 

@@ -161,9 +161,9 @@ def json_object(rng: Random, size: int) -> Chat:
 
 
 def json_list(rng: Random, size: int) -> Chat:
-    """A JSON array of given words."""
-    items = [f.word(rng) for _ in range(rng.randint(2, 6))]
-    listed = ", ".join(items)
+    """A JSON array of given words, quoted in half of the questions."""
+    items = [rng.choice(w.ANIMALS + w.COLOURS + w.FOODS + w.OBJECTS) for _ in range(rng.randint(2, 6))]
+    listed = ", ".join(json.dumps(item) for item in items) if rng.random() < 0.5 else ", ".join(items)
     question = pick(
         rng, f"Write these words as a JSON list: {listed}", f"Make a JSON array of {listed}.", f"JSON list of: {listed}"
     )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 FIRST_ORDINARY_ID = 13  # ids below are special tokens
 MARKER_SIZES = (0.4, 0.5, 0.1)  # shares of markers and separators with none, one and two ids
 REWORDED_SHARE = 0.12  # of rows whose queries use another separator than the records: much harder, learned last
+NUMERAL_SHARE = 0.3  # of rows whose values are long and of few symbols, as digits are
 
 Ids = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -56,10 +57,12 @@ def records(rng: np.random.Generator, length: int, symbols: Ids, query_share: fl
     """Key-value records scattered in filler, then queries; the values in the queries are scored.
 
     Record and query share the form [marker, key, separator, value]; per row the marker and separator are one or two
-    ids or missing, keys and values have one to three ids, and the query's separator may differ from the record's.
+    ids or missing, keys and values have one to three ids, and the query's separator may differ from the record's. In
+    some rows the values are numerals: up to six ids of only ten, among which a pair of ids recurs by chance.
     """
     shuffled = rng.permutation(symbols)
-    key_size, value_size = int(rng.integers(1, 3)), int(rng.integers(1, 4))
+    is_numeral = rng.random() < NUMERAL_SHARE
+    key_size, value_size = int(rng.integers(1, 3)), int(rng.integers(3, 7) if is_numeral else rng.integers(1, 4))
     marker, separator, asked, spare = _markers(rng, shuffled)
     record_size = len(marker) + key_size + len(separator) + value_size
     query_size = len(marker) + key_size + len(asked) + value_size
@@ -67,7 +70,7 @@ def records(rng: np.random.Generator, length: int, symbols: Ids, query_share: fl
     space = length - num_queries * query_size
     num_records = int(rng.integers(2, max(3, int(0.9 * space / record_size))))
     keys, filler_symbols = _keys(rng, spare, num_records, key_size)
-    values = rng.choice(spare, (num_records, value_size))
+    values = rng.choice(spare[-10:] if is_numeral else spare, (num_records, value_size))
     made = [np.concatenate((marker, keys[i], separator, values[i])) for i in range(num_records)]
     body = _scatter(rng, made, space, filler_symbols)
     order = _query_order(rng, num_records, num_queries)
