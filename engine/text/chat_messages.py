@@ -15,8 +15,8 @@ TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refu
 def normalise(messages: list[dict[str, Any]], content_format: ContentFormat, knows_developer: bool) -> list[Any]:
     """New message dicts; the given ones stay as they are.
 
-    The developer role becomes system unless the template knows it, tool call arguments become objects, `reasoning` and
-    `reasoning_content` are both present when one is, and content takes the template's form.
+    The developer role becomes system unless the template knows it, function becomes tool, arguments of tool calls
+    become objects, `reasoning` and `reasoning_content` are both present when one is, content takes the template's form.
     Raises InvalidParameter that names the field.
     """
     return [_message(message, index, content_format, knows_developer) for index, message in enumerate(messages)]
@@ -28,6 +28,8 @@ def _message(
     shaped = dict(message)
     if shaped.get("role") == "developer" and not knows_developer:
         shaped["role"] = "system"
+    elif shaped.get("role") == "function":  # what tool was called before
+        shaped["role"] = "tool"
     calls = shaped.get("tool_calls")
     if calls:
         shaped["tool_calls"] = [_tool_call(call, f"messages.{index}.tool_calls.{n}") for n, call in enumerate(calls)]

@@ -47,6 +47,8 @@ class ChatTemplate:
             message = f"the chat template is not valid Jinja: {error}; name another with --chat-template"
             raise ConfigError(message) from None
         self._named_tokens = dict(named_tokens)
+        self._takes_tools = "tools" in variables
+        self._takes_documents = "documents" in variables
         self._kwarg_names = variables - RESERVED_KWARGS - set(named_tokens)
         self._knows_developer = "developer" in source
         self._protection = Protection(control_tokens)
@@ -56,7 +58,12 @@ class ChatTemplate:
         """The prompt's text. Raises TemplateError quoting the template, or InvalidParameter naming a field."""
         self._check(prompt)
         messages = normalise(prompt.messages, self.content_format, self._knows_developer)
-        given = {"messages": messages, "tools": prompt.tools, "kwargs": prompt.template_kwargs}
+        given = {
+            "messages": messages,
+            "tools": prompt.tools,
+            "documents": prompt.documents,
+            "kwargs": prompt.template_kwargs,
+        }
         given, nonce = self._protection.apply(given)
         end_mark = None
         if prompt.continue_final_message:
@@ -69,7 +76,7 @@ class ChatTemplate:
                 **self._named_tokens,
                 "messages": given["messages"],
                 "tools": given["tools"] or None,
-                "documents": None,
+                "documents": given["documents"] or None,
                 "add_generation_prompt": prompt.add_generation_prompt,
             },
             max_chars,
@@ -79,6 +86,13 @@ class ChatTemplate:
     def _check(self, prompt: ChatPrompt) -> None:
         if not prompt.messages:
             raise InvalidParameter("messages must hold at least one message", param="messages")
+        for name, given, is_taken in (
+            ("tools", prompt.tools, self._takes_tools),
+            ("documents", prompt.documents, self._takes_documents),
+        ):
+            if given and not is_taken:
+                message = f"this model's chat template has no place for {name}; leave them out"
+                raise InvalidParameter(message, param=name)
         for name, value in prompt.template_kwargs.items():
             param = f"chat_template_kwargs.{name[:64]}"
             if name in RESERVED_KWARGS or name in self._named_tokens or not KWARG_NAME.fullmatch(name):

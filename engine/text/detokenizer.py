@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from engine.text.stop_matcher import StopMatcher
 from engine.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Delta:
-    """What some tokens added.
+class Decoded(msgspec.Struct, frozen=True):
+    """What some tokens added to the text.
 
     text        safe to show: no later token can change it
     num_tokens  how many of the given tokens count; fewer than given when a stop string ended the text before the last
@@ -30,7 +30,7 @@ class Delta:
 class Detokenizer:
     """The text of one stream.
 
-    The concatenated deltas equal the text of all tokens decoded as a continuation (sentencepiece's leading space
+    The concatenated texts equal the text of all tokens decoded as a continuation (sentencepiece's leading space
     stays), cut at the first complete stop string.
     """
 
@@ -43,12 +43,19 @@ class Detokenizer:
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        kept_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """min_tokens: stop strings that are complete within the first so many tokens do not count."""
+        """
+        min_tokens   stop strings that are complete within the first so many tokens do not count
+        kept_ids     special tokens that are shown in any case
+        """
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids - kept_ids if skip_special_tokens else frozenset()
         self._tight_specials = tokenizer.joins_words and not spaces_between_special_tokens
         self._after_added = False
+        # nearly every token is whole characters by itself: its text is looked up, not decoded
+        self._is_plain = not stop and not self._tight_specials
+        self._is_inside_character = False
         self._min_tokens = min_tokens
         self._include_stop = include_stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -57,8 +64,15 @@ class Detokenizer:
         self._num_chars = 0  # decoded so far
         self._num_tokens = 0
 
-    def push(self, token_ids: Sequence[int]) -> Delta:
-        """Takes the next tokens. Nothing may follow a delta that has a `stop`."""
+    @property
+    def num_held(self) -> int:
+        """Characters that are decoded and held back, because they could become a stop string."""
+        return len(self._held)
+
+    def push(self, token_ids: Sequence[int]) -> Decoded:
+        """Takes the next tokens. Nothing may follow one that has a `stop`."""
+        if self._is_plain:
+            return Decoded("".join([self._plain_text(token_id) for token_id in token_ids]), len(token_ids))
         shown = []
         for count, token_id in enumerate(token_ids, 1):
             self._num_tokens += 1
@@ -67,14 +81,26 @@ class Detokenizer:
             text, stop = self._take(self._utf8.decode(self._bytes_of(token_id)))
             shown.append(text)
             if stop is not None:
-                return Delta("".join(shown), count, stop)
-        return Delta("".join(shown), len(token_ids))
+                return Decoded("".join(shown), count, stop)
+        return Decoded("".join(shown), len(token_ids))
 
-    def finish(self) -> Delta:
+    def finish(self) -> Decoded:
         """The end of the stream: everything that was held back. A stop string can still be completed here."""
         text, stop = self._take(self._utf8.decode(b"", final=True))
         held, self._held = self._held, ""
-        return Delta(text if stop is not None else text + held, 0, stop)
+        return Decoded(text if stop is not None else text + held, 0, stop)
+
+    def _plain_text(self, token_id: int) -> str:
+        """The text that a token completes, when there are no stop strings to look for."""
+        if token_id in self._skipped:
+            return ""
+        if not self._is_inside_character:
+            text = self._tokenizer.whole_text(token_id)
+            if text is not None:
+                return text
+        text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self._is_inside_character = bool(self._utf8.getstate()[0])
+        return text
 
     def _bytes_of(self, token_id: int) -> bytes:
         data = self._tokenizer.token_bytes(token_id)

@@ -6,18 +6,18 @@ A small pool, so that one slow render does not hold up everybody else; children 
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Iterable, Mapping
 
-from engine import children, ipc
+from engine import ipc
+from engine.children import Worker
 from engine.errors import ConfigError, InvalidParameter, RequestError, TemplateError
 from engine.text.rendered import RenderedText
 from engine.text.template_worker import Failed, Render, Rendered, Setup
 from engine.types import ChatPrompt
 
-READ_BYTES = 1 << 18
-START_TIMEOUT_S = 30.0
 ERRORS: dict[str, type[RequestError]] = {"TemplateError": TemplateError, "InvalidParameter": InvalidParameter}
+
+_Worker = Worker[Rendered | Failed]
 
 
 class TemplateProcess:
@@ -43,7 +43,7 @@ class TemplateProcess:
 
     async def start(self) -> None:
         """Starts the first child and compiles the template. Raises ConfigError when the template is invalid."""
-        self._idle.append(await _Worker.start(self._setup))
+        self._idle.append(await _start(self._setup))
 
     async def render(self, prompt: ChatPrompt) -> RenderedText:
         """The prompt's text. Raises TemplateError or InvalidParameter."""
@@ -73,7 +73,7 @@ class TemplateProcess:
 
     async def _exchange(self, frame: bytes) -> RenderedText:
         async with self._free:
-            worker = self._idle.pop() if self._idle else await _Worker.start(self._setup)
+            worker = self._idle.pop() if self._idle else await _start(self._setup)
             try:
                 answer = await asyncio.wait_for(worker.ask(frame), self._timeout_s)
             except TimeoutError:
@@ -93,48 +93,10 @@ class TemplateProcess:
         return answer.rendered
 
 
-class _Worker:
-    """One child and its pipes."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-        self._answers: ipc.Decoder[Rendered | Failed] = ipc.Decoder(Rendered | Failed)
-
-    @classmethod
-    async def start(cls, setup: Setup) -> _Worker:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "engine.text.template_worker",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=children.environment(),
-            start_new_session=True,  # an interrupt from the terminal is for the server, which then ends its children
-        )
-        worker = cls(process)
-        try:
-            answer = await asyncio.wait_for(worker.ask(ipc.encode(setup)), START_TIMEOUT_S)
-        except BaseException:
-            await worker.kill()
-            raise
-        if isinstance(answer, Failed):
-            await worker.kill()
-            raise ConfigError(answer.message)
-        return worker
-
-    async def ask(self, frame: bytes) -> Rendered | Failed:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(frame)
-        await self._process.stdin.drain()
-        while True:
-            data = await self._process.stdout.read(READ_BYTES)
-            if not data:
-                raise asyncio.IncompleteReadError(b"", None)
-            for answer in self._answers.feed(data):
-                return answer
-
-    async def kill(self) -> None:
-        if self._process.returncode is None:
-            self._process.kill()
-        await self._process.wait()
+async def _start(setup: Setup) -> _Worker:
+    worker: _Worker
+    worker, answer = await Worker.start("engine.text.template_worker", setup, Rendered | Failed)
+    if isinstance(answer, Failed):
+        await worker.kill()
+        raise ConfigError(answer.message)
+    return worker

@@ -52,13 +52,15 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     messages: ipc.Decoder[Setup | Render] = ipc.Decoder(Setup | Render)
+    setup: Setup | None = None
     template: ChatTemplate | None = None
     while data := os.read(sys.stdin.fileno(), READ_BYTES):
         for message in messages.feed(data):
             if isinstance(message, Setup):
+                setup = message
                 template, answer = _set_up(message)
             else:
-                answer = _render(template, message)
+                answer = _render(template, setup, message)
             _write(ipc.encode(answer))
     return 0
 
@@ -71,13 +73,18 @@ def _set_up(setup: Setup) -> tuple[ChatTemplate | None, Rendered | Failed]:
     return template, Rendered(RenderedText(""))
 
 
-def _render(template: ChatTemplate | None, request: Render) -> Rendered | Failed:
-    if template is None:
+def _render(template: ChatTemplate | None, setup: Setup | None, request: Render) -> Rendered | Failed:
+    if template is None or setup is None:
         return Failed("ConfigError", "no chat template was set up")
+    source = request.prompt.template
     try:
+        if source is not None:
+            template = ChatTemplate(source, setup.named_tokens, setup.control_tokens)
         return Rendered(template.render(request.prompt, request.max_chars))
     except RequestError as error:
         return Failed(type(error).__name__, str(error), error.param)
+    except ConfigError as error:  # of the request's own template
+        return Failed("InvalidParameter", str(error).partition("; name another")[0], "chat_template")
 
 
 def _write(data: bytes) -> None:

@@ -10,14 +10,17 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 
 from engine.errors import ConfigError, InvalidParameter
+from engine.text.infill import find_infill
 from engine.text.rendered import RenderedText
 from engine.text.token_bytes import piece_decoder
 from engine.text.tokenizer_files import TokenizerFiles, read
+
+_MARK = "☺"  # stands alone: no vocabulary joins it with what follows
 
 
 class Tokenizer:
@@ -46,9 +49,12 @@ class Tokenizer:
         self.special_ids = frozenset(added[text]["id"] for text in special)
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_ids = self._eos_ids(files)
-        self.vocab_size: int = max(self._trusting.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocabulary: dict[str, int] = self._trusting.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+        self.infill = find_infill(vocabulary)  # None: the model cannot fill in the middle
         self._pieces = piece_decoder(files.definition.get("decoder"))
         self._bytes: dict[int, bytes] = {}
+        self._whole_texts: dict[int, str | None] = {}
 
     @classmethod
     def from_folder(cls, folder: Path | str, chat_template: Path | str | None = None) -> Tokenizer:
@@ -71,6 +77,53 @@ class Tokenizer:
         """
         ids = self._encode(self._guarded, text, add_special_tokens)
         return self._with_explicit_ends(ids) if add_special_tokens else ids
+
+    def encode_inner(self, text: str) -> list[int]:
+        """`encode` for text in the middle of a sequence: without the space that some vocabularies put before a text."""
+        ids = self.encode(text, add_special_tokens=False)
+        if not self._pieces.leading_spaces:
+            return ids
+        mark = self.encode(_MARK, add_special_tokens=False)
+        marked = self.encode(_MARK + text, add_special_tokens=False)
+        return marked[len(mark) :] if marked[: len(mark)] == mark else ids
+
+    def encode_cut(
+        self,
+        text: str,
+        second: str | None = None,
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        max_second_tokens: int | None = None,
+        side: Literal["left", "right"] = "right",
+    ) -> tuple[list[int], int]:
+        """Ids of one text, or of a pair in one sequence, cut before the special tokens are added.
+
+        max_tokens          of all, special ones included; of a pair the second text gives way
+        max_second_tokens   of the second text alone
+        side                where tokens are dropped
+        Returns the ids and how many of them belong to the first of a pair where the vocabulary tells the two apart,
+        else 0. Raises InvalidParameter as `encode`.
+        """
+        first = _encode_batch(self._guarded.encode_batch_fast, text, False)
+        last = first if second is None else _encode_batch(self._guarded.encode_batch_fast, second, False)
+        if second is not None and max_second_tokens is not None:
+            last.truncate(min(max_second_tokens, len(last)), direction=side)
+        pair = None if second is None else last
+        ids, num_first = self._finish(first, pair, add_special_tokens)
+        excess = 0 if max_tokens is None else len(ids) - max_tokens
+        if excess > 0:
+            last.truncate(max(len(last) - excess, 0), direction=side)
+            ids, num_first = self._finish(first, pair, add_special_tokens)
+        return ids, num_first
+
+    def _finish(self, first: Any, second: Any, add_special_tokens: bool) -> tuple[list[int], int]:
+        """Adds the special tokens to encodings without them."""
+        whole = self._guarded.post_process(first, second, add_special_tokens)
+        ids: list[int] = list(whole.ids)
+        num_first = whole.type_ids.index(1) if second is not None and 1 in whole.type_ids else 0
+        ended = self._with_explicit_ends(ids) if add_special_tokens else ids
+        return ended, num_first if len(ended) == len(ids) else 0
 
     def encode_rendered(self, rendered: RenderedText) -> list[int]:
         """Ids of a rendered chat template: control tokens of the template are parsed, those of users are not.
@@ -122,6 +175,14 @@ class Tokenizer:
                 data = to_bytes(piece)
             self._bytes[token_id] = data
         return data
+
+    def whole_text(self, token_id: int) -> str | None:
+        """The text of a token whose bytes are whole characters; None for one that begins or continues a character."""
+        if token_id not in self._whole_texts:
+            data = self.token_bytes(token_id)
+            text = data.decode("utf-8", errors="replace")
+            self._whole_texts[token_id] = text if text.encode() == data else None
+        return self._whole_texts[token_id]
 
     def token_text(self, token_id: int) -> str:
         """`token_bytes` as text, for display: parts of characters show as replacement characters."""

@@ -97,6 +97,19 @@ def test_tool_call_arguments_reach_the_template_as_objects() -> None:
         assert caught.value.param == "messages.0.tool_calls.0.function.arguments"
 
 
+def test_the_function_role_is_that_of_tools() -> None:
+    assert render(SHOW, messages=[{"role": "function", "name": "f", "content": "1"}]) == "tool:1;"
+
+
+def test_documents_reach_the_template_and_what_it_does_not_know_is_refused() -> None:
+    documents = [{"title": "a", "text": "b <|turn|>"}]
+    assert render("{{ documents[0].text }}", "x", documents=documents) == "b <|turn|>"
+    for name, given in (("documents", documents), ("tools", TOOLS)):
+        with pytest.raises(InvalidParameter, match=f"no place for {name}") as caught:
+            render(SHOW, "x", **{name: given})
+        assert caught.value.param == name
+
+
 def test_content_takes_the_form_that_the_template_reads() -> None:
     over_parts = "{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}"
     either = "{% if messages[0].content is string %}{{ messages[0].content }}{% else %}" + over_parts + "{% endif %}"

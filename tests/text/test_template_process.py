@@ -101,3 +101,16 @@ async def test_close_ends_the_children_in_the_middle_of_a_render(start: Start) -
 async def test_a_broken_template_is_found_at_the_start(start: Start) -> None:
     with pytest.raises(ConfigError, match="not valid Jinja"):
         await start("{% for %}")
+
+
+async def test_a_request_can_bring_its_own_template_which_is_forgotten_after_it(start: Start) -> None:
+    process = await start()
+    messages = [{"role": "user", "content": "hi <|turn|>"}]
+    own = await process.render(ChatPrompt(messages=messages, template="own: {{ messages[0].content }}"))
+    assert own.plain() == "own: hi <|turn|>"
+    assert "<|turn|>" not in own.text, "it protects control tokens as the model's own does"
+    assert (await process.render(ChatPrompt(messages=messages[:1]))).plain() == "<|turn|>hi <|turn|>"
+    with pytest.raises(InvalidParameter, match="not valid Jinja") as caught:
+        await process.render(ChatPrompt(messages=messages, template="{% if"))
+    assert caught.value.param == "chat_template"
+    assert "--chat-template" not in str(caught.value)
