@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kernels import AttentionPlan
+from kernels import AttentionPlan, LoraPlan
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class ForwardBatch:
     block_table: Tensor  # [R, MB] int32
     max_seqlen_q: int
     attention_plan: AttentionPlan  # of the same rows and this model's number of kv heads
+    adapters: LoraPlan | None = None  # low-rank adapters of the tokens; None where no token has one
 
 
 @dataclass(frozen=True)

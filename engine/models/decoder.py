@@ -6,9 +6,7 @@ Shape letters: T tokens, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,12 +16,12 @@ from engine.models.batch import ForwardBatch, KVCache, KVSpec
 from engine.models.config import DecoderConfig
 from engine.models.generation_config import GenerationDefaults
 from engine.models.layers import Attention, DecoderLayer, FeedForward, GatedMlp, Linear
+from engine.models.lora import DecoderAdapters
 from engine.models.moe import MixtureOfExperts
+from engine.models.native_step import native_step
 from engine.models.rope import RopeTable, build_rope_table
 from engine.models.weights import WeightSource, num_parameters
 from kernels.linear import PackedLinear, pack_linear
-
-Embed = Callable[[Tensor], Tensor]  # token ids [T] int64 -> [T, C]
 
 
 class Decoder:
@@ -33,7 +31,7 @@ class Decoder:
         self,
         config: DecoderConfig,
         *,
-        embed: Embed,
+        embedding: Tensor | PackedLinear,
         layers: list[DecoderLayer],
         first_norm: Tensor | None,
         head: PackedLinear,
@@ -57,24 +55,56 @@ class Decoder:
         self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else weight_dtype
         self.dtype_name = str(weight_dtype).removeprefix("torch.")
-        self._embed = embed
+        self._embedding = embedding  # a table [V, C], or a packed weight that gives back its rows
         self._layers = layers
         self._first_norm = first_norm
         self._head = head
         self._ropes = ropes
         self._linears = linears
+        self._adapters: DecoderAdapters | None = None
+        self._step = native_step(config, embedding, first_norm, layers)
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [T, C] after the final norm; writes keys and values of the batch's tokens into `cache`."""
+        if self._step is not None and batch.adapters is None:
+            return self._step(
+                batch.token_ids,
+                batch.positions,
+                batch.slots,
+                batch.cu_seqlens_q,
+                batch.seq_lens,
+                batch.block_table,
+                cache.k,
+                cache.v,
+            )
+        return self._forward_by_operations(batch, cache)
+
+    def _forward_by_operations(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """`forward` one kernel at a time: the same bits as the native step, for whatever that cannot do."""
         residual = self._embed(batch.token_ids)
         if self.config.embedding_multiplier != 1.0:
             residual.mul_(self.config.embedding_multiplier)
         x = residual
         if self._first_norm is not None:
             x = kernels.rms_norm(residual, self._first_norm, self.config.norm_eps)
-        for layer in self._layers:
+        for layer in self._layers_of(batch):
             x = layer(x, residual, batch, cache)
         return x
+
+    def _embed(self, token_ids: Tensor) -> Tensor:  # [T] int64 -> [T, C]
+        table = self._embedding
+        return table.rows(token_ids) if isinstance(table, PackedLinear) else kernels.embedding(token_ids, table)
+
+    def enable_adapters(self, max_adapters: int) -> DecoderAdapters:
+        """Makes room for low-rank adapters: from now on `forward` takes batches with `adapters`."""
+        self._adapters = DecoderAdapters(self.config, self._layers, max_adapters, device=self.device, dtype=self.dtype)
+        return self._adapters
+
+    def _layers_of(self, batch: ForwardBatch) -> list[DecoderLayer]:
+        if batch.adapters is None:
+            return self._layers
+        assert self._adapters is not None, "a batch has adapters, but there is no room for any"
+        return self._adapters.layers_for(batch.adapters)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, C] -> [n, V] fp32, scaled and soft-capped as the family does."""
@@ -94,6 +124,7 @@ class Decoder:
             "parameters": f"{num_parameters(self.config) / 1e6:.1f} M",
             "weights": f"{self.weight_bytes / 2**20:.0f} MiB, {self.dtype_name}",
             "linears": kinds,
+            "step": "one native call" if self._step is not None else "operation by operation",
             "rope": "; ".join(dict.fromkeys(rope.choice for rope in self._ropes)),
         }
 
@@ -124,13 +155,13 @@ class _Builder:
 
     def build(self, generation: GenerationDefaults) -> Decoder:
         config = self.config
-        embed, tied_head = self._embedding()
+        embedding, tied_head = self._embedding()
         parts = [self._layer_parts(layer) for layer in range(config.num_layers)]
         first_norms = [norms.get("attention_norm") for _, _, norms in parts]
         next_norms = [*first_norms[1:], self._norm("final_norm")]
         return Decoder(
             config,
-            embed=embed,
+            embedding=embedding,
             layers=[
                 DecoderLayer(config, attention=attention, feed_forward=feed_forward, norms=norms, next_norm=next_norm)
                 for (attention, feed_forward, norms), next_norm in zip(parts, next_norms, strict=True)
@@ -146,14 +177,14 @@ class _Builder:
             generation=generation,
         )
 
-    def _embedding(self) -> tuple[Embed, PackedLinear | None]:
-        """The look-up, and the head when both are one matrix: where it gives back rows, no table is kept beside it."""
+    def _embedding(self) -> tuple[Tensor | PackedLinear, PackedLinear | None]:
+        """What is looked up, and the head when both are one matrix: where it gives back rows, no table is kept."""
         table = self.weights.take("embedding").to(self.device)
         head = self._pack(table, None) if self.config.tied_embeddings else None
         if head is not None and head.holds_rows:
-            return head.rows, head
+            return head, head
         self.weight_bytes += table.nbytes
-        return functools.partial(kernels.embedding, table=table), head
+        return table, head
 
     def _layer_parts(self, layer: int) -> tuple[Attention, FeedForward, dict[str, Tensor]]:
         at = f"layers.{layer}"

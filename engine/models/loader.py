@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from engine.models.batch import Model
 from engine.models.config import DecoderConfig
 from engine.models.decoder import build_decoder
 from engine.models.family import architecture_of
-from engine.models.fields import read_json
+from engine.models.fields import Fields, read_json
 from engine.models.generation_config import load_generation_config
 from engine.models.hf_config import architectures, parse_config
+from engine.models.pooling_config import causal_architecture, has_language_head, pooler_tensors
 from engine.models.weights import CheckpointWeights, DummyWeights, Progress, WeightSource
 from kernels import backend
 
@@ -56,14 +58,18 @@ def load_model(
     if not folder.is_dir():
         raise ConfigError(f"model folder {folder.name!r} does not exist")
     fields = read_json(folder, "config.json")
-    if kind == "native" or (kind == "auto" and architecture_of(fields) in architectures()):
-        config = parse_config(fields)
+    causal = causal_architecture(fields)
+    if kind == "native" or (kind == "auto" and causal in architectures()):
+        config = parse_config(Fields({**fields.raw, "architectures": [causal]}, fields.where))
+        config = dataclasses.replace(config, architecture=architecture_of(fields))
+        if not has_language_head(fields):
+            config = dataclasses.replace(config, tied_embeddings=True)  # a head is never asked for: it costs nothing
         weights: WeightSource
         if load_format == "dummy":
             own = _DTYPES.get(config.dtype or "", torch.bfloat16)
             weights = DummyWeights(config, _DTYPES.get(dtype, own), seed, progress)
         else:
-            weights = CheckpointWeights(folder, config, _DTYPES.get(dtype), progress)
+            weights = CheckpointWeights(folder, config, _DTYPES.get(dtype), progress, without=pooler_tensors(fields))
         return build_decoder(
             config,
             weights,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -44,11 +44,21 @@ class CheckpointWeights:
     """Weights of a model folder. All names and shapes are checked before the first byte is read."""
 
     def __init__(
-        self, folder: Path, config: DecoderConfig, dtype: torch.dtype | None = None, progress: Progress | None = None
+        self,
+        folder: Path,
+        config: DecoderConfig,
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+        *,
+        without: frozenset[str] = frozenset(),
     ) -> None:
-        """dtype: cast to it while reading; None keeps what is stored. Raises ConfigError for a wrong checkpoint."""
+        """dtype: cast to it while reading; None keeps what is stored. without: tensors that another part reads.
+
+        Raises ConfigError for a wrong checkpoint.
+        """
         self._layout = checkpoint_layout(config)
-        self._entries = read_checkpoint(folder)
+        entries = _with_prefix(read_checkpoint(folder))
+        self._entries = {name: entry for name, entry in entries.items() if name not in without}
         _check(self._layout, self._entries, config)
         self._cast = dtype
         self._progress = progress
@@ -83,18 +93,41 @@ class CheckpointWeights:
 
     def _read(self, entry: TensorEntry, out: Tensor) -> None:
         """Fill the contiguous `out` with the stored bytes."""
-        buffer = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        with entry.path.open("rb", buffering=0) as file:
-            os.lseek(file.fileno(), entry.offset, os.SEEK_SET)
-            at = 0
-            while at < entry.num_bytes:
-                count = file.readinto(buffer[at : at + _READ_BYTES])
-                if not count:
-                    raise ConfigError(f"{entry.path.name} ended early while it was read; was it replaced meanwhile?")
-                at += count
-                self._done += count
-                if self._progress is not None:
-                    self._progress(self._done, self._total)
+        for count in _read_parts(entry, out):
+            self._done += count
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """One small tensor in the type it is stored in. Raises ConfigError for a type that no weight has."""
+    if entry.dtype not in _DTYPES:
+        raise ConfigError(f"{entry.path.name} has a tensor of dtype {entry.dtype}; known are {', '.join(_DTYPES)}")
+    out = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+    for _ in _read_parts(entry, out):
+        pass
+    return out
+
+
+def _read_parts(entry: TensorEntry, out: Tensor) -> Iterator[int]:
+    """Fills the contiguous `out` with the stored bytes; yields how many each read brought."""
+    buffer = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    with entry.path.open("rb", buffering=0) as file:
+        os.lseek(file.fileno(), entry.offset, os.SEEK_SET)
+        at = 0
+        while at < entry.num_bytes:
+            count = file.readinto(buffer[at : at + _READ_BYTES])
+            if not count:
+                raise ConfigError(f"{entry.path.name} ended early while it was read; was it replaced meanwhile?")
+            at += count
+            yield count
+
+
+def _with_prefix(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Checkpoints saved from the bare decoder lack the prefix that the decoder has inside of a language model."""
+    if "embed_tokens.weight" not in entries:
+        return entries
+    return {f"model.{name}": entry for name, entry in entries.items()}
 
 
 class DummyWeights:
