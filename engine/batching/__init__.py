@@ -1,0 +1,1 @@
+"""Order and admission for batches that are known as a whole. Pure functions; no torch, no files, no HTTP."""
