@@ -8,33 +8,44 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from engine import ipc
+from engine.client_adapters import ClientAdapters
 from engine.client_admission import Admission
+from engine.client_text import TextSide
 from engine.config import Config
+from engine.control import ControlCalls, Payload
 from engine.error_codes import to_exception
 from engine.errors import ConfigError, EngineDead, InvalidParameter, KvasirError, NotReady
 from engine.faults import Faults
-from engine.launch import resolve_model_path
-from engine.prompts import PromptEncoder
-from engine.recovery import Recovery
+from engine.pooled_stream import PooledStream
+from engine.recovery import AnyStream, Recovery
 from engine.stream import RequestStream
-from engine.submission import build, context_limit, truncate
+from engine.submission import context_limit
 from engine.supervisor import ENGINE_COMMAND, Supervisor
-from engine.text.tokenizer import Tokenizer
-from engine.types import ChatPrompt, EngineRequest, EngineStats, GenerationRequest, ModelInfo, TextOutput
+from engine.text.output_format import OutputFormat, check_names
+from engine.types import (
+    AdapterInfo,
+    ChatPrompt,
+    EngineStats,
+    GenerationRequest,
+    ModelInfo,
+    PooledOutput,
+    PoolingRequest,
+    TextOutput,
+)
 
 logger = logging.getLogger(__name__)
 
-EnginePhase = Literal["starting", "loading", "warming", "ready", "draining", "dead"]
+EnginePhase = Literal["starting", "loading", "warming", "ready", "draining", "sleeping", "dead"]
 STOP_POLL_S = 0.02
 RETRY_WHILE_LOADING_S = 2
+RETRY_WHILE_ASLEEP_S = 30
 
 
 @dataclass(frozen=True)
@@ -54,12 +65,16 @@ class AsyncEngine:
 
     fatal      why the engine will not come back (then `state.phase` is "dead"), or None
     on_stats   called with every report of the core; the lists in it hold what happened since the report before
+    on_timing  called with "tokenize" (one prompt) or "detokenize" (one step's tokens), and seconds
+    on_constraint  called for every constraint, see `ConstraintCompiler.on_done`
     """
 
     def __init__(self, config: Config, *, command: Sequence[str] = ENGINE_COMMAND) -> None:
         """command starts the engine process; another one than ours only makes sense in tests."""
         self.config = config
         self.on_stats: Callable[[EngineStats], None] | None = None
+        self.on_timing: Callable[[str, float], None] | None = None
+        self.on_constraint: Callable[[str, str, float], None] | None = None
         self.state = EngineState()
         self.info: ModelInfo | None = None
         self.stats = EngineStats()
@@ -68,14 +83,18 @@ class AsyncEngine:
         self._faults = Faults.parse(config.runtime.faults)
         self._supervisor = Supervisor(config, self, command)
         self._admission = Admission(config.scheduler)
-        self._encoder: PromptEncoder | None = None
-        self._streams: dict[str, RequestStream] = {}
+        self._text_side: TextSide | None = None
+        check_names(config.model.tool_call_parser, config.model.reasoning_parser)
+        self._streams: dict[str, AnyStream] = {}
         self._recovery = Recovery(self._send)
+        self._controls = ControlCalls(self._supervisor.send)
+        self._adapters = ClientAdapters(self._controls.call, self.model_names)
         self._num_open = 0  # requests between the first and the last moment of `generate`
         self._is_loaded = False
         self._is_stopping = False
         self._decided = asyncio.Event()  # ready, or dead
         self._tasks: list[asyncio.Task[None]] = []
+        self._restoring: asyncio.Task[None] | None = None  # what the last engine process had, into the present one
 
     # ---- life
 
@@ -108,16 +127,38 @@ class AsyncEngine:
         for stream in list(self._streams.values()):
             stream.fail(to_exception("draining"))
         await self._supervisor.stop()
-        for task in self._tasks:
+        tasks = self._tasks if self._restoring is None else [*self._tasks, self._restoring]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._encoder is not None:
-            await self._encoder.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._text_side is not None:
+            await self._text_side.close()
+
+    async def sleep(self, *, is_patient: bool, timeout_s: float) -> None:
+        """Ends the engine process, which gives back weights and cache. Requests are refused until `wake_up`.
+
+        is_patient   running requests may finish, for at most timeout_s; else they end at once with an error
+        """
+        self._info()
+        self._set_state(EngineState("sleeping", "an operator sent the engine to sleep"))
+        end = time.monotonic() + (timeout_s if is_patient else 0.0)
+        while self._num_open and time.monotonic() < end:
+            await asyncio.sleep(STOP_POLL_S)
+        for stream in list(self._streams.values()):
+            stream.fail(to_exception("aborted", "the engine was sent to sleep while the request was running"))
+        await self._supervisor.pause()
+
+    async def wake_up(self) -> None:
+        """Starts the engine process again and waits until it is ready. Without effect on one that is awake."""
+        if self.state.phase == "sleeping":
+            self._set_state(EngineState("starting", "the engine process starts"))
+            self._supervisor.resume()
+        await self.wait_ready()
 
     @property
     def num_restarts(self) -> int:
         """Starts of the engine process after the first."""
-        return max(self._supervisor.num_starts - 1, 0)
+        return max(self._supervisor.num_starts - 1 - self._supervisor.num_resumes, 0)
 
     @property
     def heartbeat_age_s(self) -> float:
@@ -132,28 +173,78 @@ class AsyncEngine:
         Raises RequestError and CapacityError before the first output, EngineError at any time. Closing or cancelling
         the iterator aborts the request everywhere, whatever it was doing.
         """
+        stream = await self.open(request)
+        try:
+            while (output := await stream.next()) is not None:
+                yield output
+        finally:
+            stream.close()
+
+    async def open(self, request: GenerationRequest, notify: Callable[[], None] | None = None) -> RequestStream:
+        """Starts a request. Its outputs are to be taken from the stream, which must be closed in the end.
+
+        notify   called whenever there is something to take: the way of few costs per token
+        Raises like `generate`; taking raises what comes later.
+        """
+        self._info()
+        self._num_open += 1
+        try:
+            return await self._submit(request, notify)
+        except BaseException:
+            self._num_open -= 1
+            raise
+
+    def _closed(self, stream: RequestStream) -> None:
+        """The end of a stream that `open` gave."""
+        self._streams.pop(stream.request.request_id, None)
+        self._num_open -= 1
+        self._recovery.noticed(stream)
+
+    async def pool(self, request: PoolingRequest) -> PooledOutput:
+        """The embedding or scores of one prompt. Raises like `generate`; cancelling aborts the request."""
         with self._opened():
-            stream = await self._submit(request)
+            with _internal_errors():
+                prepared = await self._text().prepare_pooling(request, self._info(), self._adapters.key_of)
+            info = self._info()
+            self._admission.check_queue(len(prepared.prompt_token_ids), info.kv_cache_tokens)
+            stream = PooledStream(prepared, self._abort)
+            self._send(stream)
+            self._streams[prepared.request_id] = stream
             try:
-                while (output := await stream.next()) is not None:
-                    yield output
+                return await stream.result()
             finally:
                 stream.close()
-                self._streams.pop(stream.request.request_id, None)
+                self._streams.pop(prepared.request_id, None)
                 self._recovery.noticed(stream)
 
     async def render(self, prompt: ChatPrompt) -> str:
         """The text that the chat template makes of messages. Raises TemplateError, InvalidParameter, NotReady."""
         with _internal_errors():
-            return await self._text().render(prompt)
+            return await self._text().encoder.render(prompt)
 
     async def tokenize(
         self, prompt: str | list[int] | ChatPrompt, *, add_special_tokens: bool = True, param: str = "prompt"
     ) -> list[int]:
         """Token ids of a prompt, exactly as `generate` would see them. Raises like `generate`."""
         with _internal_errors():
-            return await self._text().encode(
+            return await self._text().encoder.encode(
                 prompt,
+                max_tokens=context_limit(self._info()),
+                add_special_tokens=add_special_tokens,
+                param=param,
+            )
+
+    async def infill(
+        self, prefix: str | list[int], suffix: str, *, add_special_tokens: bool = True, param: str = "prompt"
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """Token ids of a prompt for the text between two parts, and of the tokens that end it.
+
+        Raises UnsupportedParameter for a model that cannot fill in, and otherwise like `generate`.
+        """
+        with _internal_errors():
+            return await self._text().encoder.infill(
+                prefix,
+                suffix,
                 max_tokens=context_limit(self._info()),
                 add_special_tokens=add_special_tokens,
                 param=param,
@@ -162,11 +253,39 @@ class AsyncEngine:
     async def detokenize(self, token_ids: list[int]) -> str:
         """Text of token ids, special tokens included. Raises InvalidParameter for ids outside the vocabulary."""
         with _internal_errors():
-            return await self._text().decode(token_ids)
+            return await self._text().encoder.decode(token_ids)
 
     def token_text(self, token_id: int) -> str:
         """One token for display."""
         return self._text().tokenizer.token_text(token_id)
+
+    @property
+    def output_format(self) -> OutputFormat:
+        """How the model writes thinking and calls. Raises NotReady."""
+        return self._text().output_format
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        """The loaded low-rank adapters by the name that requests give."""
+        return self._adapters.loaded
+
+    async def load_adapter(self, name: str, path: str, *, in_place: bool = False) -> AdapterInfo:
+        """Loads an adapter below the configured root. Raises Conflict, RequestError, NotReady and EngineError."""
+        self._info()
+        return await self._adapters.load(name, path, in_place=in_place)
+
+    async def unload_adapter(self, name: str) -> None:
+        """New requests no longer find it; those that run finish. Raises ModelNotFound, NotReady and EngineError."""
+        self._info()
+        await self._adapters.unload(name)
+
+    async def control(self, name: str, payload: Payload | None = None, *, timeout_s: float = 60.0) -> Payload:
+        """Has the engine do what its table of actions (`EngineCore.controls`) offers under `name`, between two steps.
+
+        Raises what the action raises, NotReady, EngineDead when the engine ends meanwhile, EngineError after timeout_s.
+        """
+        self._info()
+        return await self._controls.call(name, payload or {}, timeout_s)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[None]:
@@ -178,9 +297,9 @@ class AsyncEngine:
         finally:
             self._num_open -= 1
 
-    async def _submit(self, given: GenerationRequest) -> RequestStream:
+    async def _submit(self, given: GenerationRequest, notify: Callable[[], None] | None) -> RequestStream:
         with _internal_errors():
-            request = await self._prepare(given)
+            request = await self._text().prepare(given, self._info(), self._adapters.key_of, self._tell_tokenize_s)
         info = self._info()  # again: the engine may have ended while the prompt was being encoded
         self._admission.check_queue(len(request.prompt_token_ids), info.kv_cache_tokens)
         stream = RequestStream(
@@ -190,6 +309,9 @@ class AsyncEngine:
             eos_token_ids=frozenset(info.eos_token_ids),
             faults=self._faults,
             abort=self._abort,
+            notify=notify,
+            closed=self._closed,
+            **self.output_format.parser_options(given, request.prompt_token_ids),
         )
         try:
             self._send(stream)
@@ -198,29 +320,7 @@ class AsyncEngine:
         self._streams[request.request_id] = stream
         return stream
 
-    async def _prepare(self, given: GenerationRequest) -> EngineRequest:
-        arrival_s = time.monotonic()
-        encoder, info = self._text(), self._info()
-        limit = context_limit(info)
-        token_ids = await encoder.encode(
-            given.prompt,
-            max_tokens=limit,
-            add_special_tokens=given.add_special_tokens,
-            param=given.prompt_param,
-            label=given.client_request_id,
-        )
-        return build(
-            given,
-            secrets.token_hex(16),
-            truncate(token_ids, given, limit),
-            await encoder.bad_words(given.bad_words),
-            info,
-            is_strict=self.config.server.strict_max_tokens,
-            limits=self.config.limits,
-            elapsed_s=time.monotonic() - arrival_s,
-        )
-
-    def _send(self, stream: RequestStream) -> None:
+    def _send(self, stream: AnyStream) -> None:
         self._supervisor.send(ipc.AddRequest(stream.to_send()))
         self._admission.sent(stream.request.num_choices, len(stream.request.prompt_token_ids))
         for choice in stream.done_choices:  # after a restart
@@ -229,10 +329,10 @@ class AsyncEngine:
     def _abort(self, request_id: str, choice: int | None) -> None:
         self._supervisor.send(ipc.Abort(request_id, choice))
 
-    def _text(self) -> PromptEncoder:
-        if self._encoder is None:
+    def _text(self) -> TextSide:
+        if self._text_side is None:
             raise self._not_ready()
-        return self._encoder
+        return self._text_side
 
     def _info(self) -> ModelInfo:
         if not self.state.is_ready or self.info is None:
@@ -242,6 +342,10 @@ class AsyncEngine:
     def _not_ready(self) -> KvasirError:
         if self.state.phase == "dead":
             return EngineDead(f"the engine cannot be started: {self.fatal}")
+        if self.state.phase == "sleeping":
+            return NotReady(
+                "the engine sleeps; POST /wake_up wakes it", retry_after_s=RETRY_WHILE_ASLEEP_S, code="sleeping"
+            )
         if self.state.phase == "draining":
             return NotReady("the server is shutting down", retry_after_s=RETRY_WHILE_LOADING_S, code="draining")
         return NotReady(
@@ -250,17 +354,21 @@ class AsyncEngine:
 
     async def _load_text(self) -> None:
         """Tokenizer and template, while the engine process loads the weights."""
-        model = self.config.model
         try:
-            folder = Path(model.tokenizer) if model.tokenizer else resolve_model_path(model.model)
-            tokenizer = await asyncio.to_thread(Tokenizer.from_folder, folder, model.chat_template)
-            encoder = PromptEncoder(tokenizer, self.config.limits, self._faults)
-            await encoder.start()
+            self._text_side = await TextSide.load(self.config, self._faults, self._tell_constraint)
         except ConfigError as error:
             self.engine_failed(str(error))
             await self._supervisor.stop()
             return
-        self._encoder = encoder
+        self._become_ready()
+
+    async def _restore(self, info: ModelInfo) -> None:
+        """Gives a new engine process the adapters of the one before it; then requests may come."""
+        try:
+            await self._adapters.engine_started(info.adapters)
+        except EngineDead:
+            return  # this process is gone too; the next one brings us here again
+        self._is_loaded = True
         self._become_ready()
 
     async def _fail_on_error(self, work: Coroutine[Any, Any, None]) -> None:
@@ -283,12 +391,14 @@ class AsyncEngine:
 
     def engine_ready(self, ready: ipc.Ready) -> None:
         self.info = ready.info
-        self._is_loaded = True
-        self._become_ready()
+        self._restoring = asyncio.create_task(self._fail_on_error(self._restore(ready.info)))
 
-    def engine_message(self, message: ipc.Outputs | ipc.Rejected) -> None:
+    def engine_message(self, message: ipc.Outputs | ipc.Rejected | ipc.ControlReply) -> None:
         if isinstance(message, ipc.Outputs):
             self._take_outputs(message)
+            return
+        if isinstance(message, ipc.ControlReply):
+            self._controls.take(message)
             return
         stream = self._streams.get(message.request_id)
         if stream is not None:
@@ -296,8 +406,12 @@ class AsyncEngine:
 
     def engine_lost(self) -> None:
         self._is_loaded = False
+        if self._restoring is not None:
+            self._restoring.cancel()
         self._admission.reset()
-        self._set_state(EngineState("starting", "the engine process ended and is being restarted"))
+        if self.state.phase != "sleeping":
+            self._set_state(EngineState("starting", "the engine process ended and is being restarted"))
+        self._controls.lost()
         self._recovery.lost(list(self._streams.values()))
 
     def engine_failed(self, message: str) -> None:
@@ -307,7 +421,7 @@ class AsyncEngine:
             stream.fail(EngineDead(f"the engine ended and could not be restarted: {message}"))
 
     def _become_ready(self) -> None:
-        if not self._is_loaded or self._encoder is None:
+        if not self._is_loaded or self._text_side is None:
             return
         self._set_state(EngineState("ready"))
         self._recovery.ready(list(self._streams.values()))  # in order of arrival
@@ -317,6 +431,10 @@ class AsyncEngine:
             self.stats = message.stats
             self._admission.report(message.stats, message.num_received)
             self._tell_stats(message.stats)
+        for request_id in message.started:
+            if (waiting := self._streams.get(request_id)) is not None:
+                waiting.is_started = True
+        began_s = time.perf_counter()
         for output in message.outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
@@ -324,6 +442,19 @@ class AsyncEngine:
                     self._admission.started()
                 stream.push(output)
                 self._recovery.noticed(stream)
+        if message.outputs:
+            self._tell_time("detokenize", time.perf_counter() - began_s)
+
+    def _tell_time(self, work: str, seconds: float) -> None:
+        if self.on_timing is not None:
+            self.on_timing(work, seconds)
+
+    def _tell_tokenize_s(self, seconds: float) -> None:
+        self._tell_time("tokenize", seconds)
+
+    def _tell_constraint(self, kind: str, outcome: str, seconds: float) -> None:
+        if self.on_constraint is not None:
+            self.on_constraint(kind, outcome, seconds)
 
     def _tell_stats(self, stats: EngineStats) -> None:
         try:

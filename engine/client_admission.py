@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 from engine.config import SchedulerConfig
-from engine.errors import QueueFull
+from engine.errors import QueueFull, QueueTokensFull
 from engine.types import EngineStats
 
 MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1, 30
@@ -49,7 +49,7 @@ class Admission:
         tokens = self._stats.waiting_tokens + self._unseen_tokens
         limit = int(self._max_waiting_pools * pool_tokens)
         if waiting and tokens + num_tokens > limit:
-            raise QueueFull(
+            raise QueueTokensFull(
                 f"{tokens} prompt tokens wait and this request has {num_tokens}, the limit is {limit}; retry later",
                 retry_after_s=self._retry_after_s(1),
             )

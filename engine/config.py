@@ -43,8 +43,19 @@ class ModelConfig:
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
     max_model_len: int | None = option(None, "tokens of prompt plus output; default: what the model declares", low=2)
     chat_template: str | None = option(None, "file with a Jinja chat template; default: the tokenizer's")
+    tool_call_parser: str = option("auto", "format of tool calls; auto: as the chat template has it, none, or a name")
+    reasoning_parser: str = option("auto", "format of thinking; auto: as the chat template has it, none, or a name")
     generation_config: str = option(
         "auto", "auto: take sampling defaults from the model's generation_config.json", choices=("auto", "none")
+    )
+    pooling: str = option(
+        "auto",
+        "how hidden states become embeddings; auto: as the checkpoint says, none: embeddings are off, the others also "
+        "turn a generative model into an embedder",
+        choices=("auto", "none", "last", "mean", "cls", "weighted"),
+    )
+    matryoshka: bool = option(
+        False, "let requests shorten embeddings (dimensions) of a model whose config.json does not say that one may"
     )
     load_adapter: str = option(
         "auto",
@@ -67,6 +78,9 @@ class CacheConfig:
         "auto", "precision of cached keys and values", choices=("auto", "float32", "bfloat16", "float16")
     )
     enable_prefix_cache: bool = option(True, "reuse the blocks of equal prompt beginnings")
+    max_pinned_blocks: int = option(
+        0, "blocks that operators may pin in the prefix cache; requests cannot count on them", low=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +111,24 @@ class RuntimeConfig:
     load_format: str = option(
         "safetensors", "safetensors, or dummy for random weights", choices=("safetensors", "dummy")
     )
+    jump_ahead: bool = option(True, "append tokens that a grammar leaves no choice about without a step for each")
     heartbeat_s: float = option(0.2, "how often the engine reports that it lives", low=0.01)
     hang_timeout_s: float = option(30.0, "no progress for so long with work pending: the engine is restarted", low=0.1)
+    profile_folder: str | None = option(None, "where POST /start_profile writes traces; default: profiling is off")
     faults: str = option("", "inject faults for tests (point:when:count, comma separated); loopback only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on top of the model."""
+
+    enable_lora: bool = option(False, "serve low-rank adapters (PEFT's LoRA) as models of their own")
+    max_lora_adapters: int = option(8, "adapters loaded at a time", low=1, high=1024)
+    max_lora_rank: int = option(64, "largest rank of an adapter", low=1, high=256)
+    lora_root: str | None = option(
+        None, "folder below which adapters may be loaded while the server runs; default: they may not"
+    )
+    lora_adapters: tuple[str, ...] = option((), "adapters loaded at start, as name=folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +138,16 @@ class ServerConfig:
     host: str = option("127.0.0.1", "address to bind; another than loopback needs api keys or allow-unauthenticated")
     port: int = option(8000, "port to bind", low=0, high=65535)
     api_keys: tuple[str, ...] = option((), "accepted keys (at least 32 characters each)", secret=True)
-    api_key_file: str | None = option(None, "file with one accepted key per line")
+    api_key_file: str | None = option(
+        None,
+        "file with one accepted key per line, and after it, if need be, limits of its own: requests_per_minute=60 "
+        "tokens_per_minute=10000 max_in_flight=4",
+    )
+    key_requests_per_minute: int | None = option(None, "requests of one API key per minute", low=1)
+    key_tokens_per_minute: int | None = option(None, "prompt and output tokens of one API key per minute", low=1)
+    admin_api_keys: tuple[str, ...] = option(
+        (), "keys that may also use the routes that change the server (at least 32 characters each)", secret=True
+    )
     allow_unauthenticated: bool = option(False, "serve without keys on a public address")
     metrics_port: int | None = option(
         None, "serve /metrics on a loopback port of its own instead of the API port", low=0, high=65535
@@ -123,7 +161,15 @@ class ServerConfig:
     sse_ping_s: float = option(15.0, "send an SSE comment after so many silent seconds", low=0.1)
     strict_max_tokens: bool = option(False, "400 instead of clamping when prompt plus max_tokens exceed the context")
     default_max_tokens: int = option(4096, "output tokens of a chat request that names none", low=1)
+    trust_request_chat_template: bool = option(False, "let requests bring a chat template of their own")
+    data_folder: str | None = option(
+        None, "folder, private to this server, for files and batches; default: /v1/files and /v1/batches are off"
+    )
+    batch_rows: float = option(0.75, "share of the rows of a step that batches may take", low=0.01, high=1.0)
+    batch_memory: float = option(0.9, "share of the KV cache that batches may be expected to fill", low=0.01, high=1.0)
+    ready_heartbeat_s: float = option(5.0, "/readyz turns 503 when the engine was not heard of for so long", low=0.1)
     log_level: str = option("info", "log level", choices=("debug", "info", "warning", "error"))
+    log_format: str = option("text", "log lines for people, or one JSON object per line", choices=("text", "json"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +188,7 @@ class Limits:
     max_metadata: int = option(16, "entries of metadata", low=0)
     max_prompts: int = option(32, "prompts of a completion request", low=0)
     max_choices: int = option(16, "n and best_of", low=0)
+    max_pooling_inputs: int = option(2048, "texts of an embedding, pooling, score or rerank request", low=0)
     max_total_choices: int = option(64, "prompts times n", low=0)
     max_completion_logprobs: int = option(5, "logprobs of a completion request", low=0)
     max_top_logprobs: int = option(20, "top_logprobs of a chat request, prompt_logprobs of either", low=0)
@@ -155,8 +202,30 @@ class Limits:
         16, "text longer than this times max_model_len is not tokenized at all", low=0
     )
     max_template_kwargs: int = option(32, "chat_template_kwargs entries", low=0)
+    max_stored_responses: int = option(256, "stored responses of one API key; 0 turns the store off", low=0)
+    max_stored_response_bytes: int = option(32 * 1024 * 1024, "stored responses of one API key, in bytes", low=0)
+    stored_response_ttl_s: float = option(3600.0, "a stored response is forgotten after so long", low=0)
+    max_file_bytes: int = option(200 * 1024 * 1024, "an uploaded file", low=0)
+    max_files: int = option(1000, "files of one API key, those that batches write not counted", low=0)
+    max_stored_file_bytes: int = option(4 * 1024 * 1024 * 1024, "files of one API key, in bytes", low=0)
+    stored_file_ttl_s: float = option(30 * 86400.0, "a file is deleted after so long, unless it says otherwise", low=0)
+    max_uploads: int = option(4, "uploads at a time; beyond it 503", low=1)
+    upload_timeout_s: float = option(600.0, "arrival of an uploaded file", low=0)
+    max_batch_lines: int = option(50_000, "requests of a batch", low=0)
+    max_batches: int = option(32, "unfinished batches of one API key", low=0)
     tokenize_timeout_s: float = option(5.0, "tokenizing one prompt", low=0)
     template_timeout_s: float = option(1.0, "rendering one chat template", low=0)
+    max_constraint_bytes: int = option(64 * 1024, "a schema, regular expression or grammar", low=0)
+    max_schema_depth: int = option(32, "nesting of a schema", low=0)
+    max_schema_nodes: int = option(4096, "objects, arrays and values of a schema", low=0)
+    max_schema_choices: int = option(1000, "entries of an enum, or of a list of choices", low=0)
+    max_choice_bytes: int = option(2048, "one such entry", low=0)
+    max_choices_bytes: int = option(16 * 1024, "all entries of one such list", low=0)
+    max_repeat: int = option(1024, "counted repeats in a regular expression or grammar", low=0)
+    constraint_cpu_s: float = option(0.8, "processor time of compiling one constraint", low=0)
+    constraint_timeout_s: float = option(2.0, "compiling one constraint", low=0)
+    constraint_memory_mib: int = option(256, "memory of compiling one constraint", low=1)
+    max_queued_constraints: int = option(16, "constraints that wait to be compiled; beyond it 429", low=1)
     max_in_flight_per_key: int = option(64, "requests of one API key", low=0)
     max_unsent_bytes: int = option(256 * 1024, "output waiting for a slow reader", low=0)
     read_stall_s: float = option(30.0, "a reader that takes nothing for so long is dropped", low=0)
@@ -172,6 +241,7 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     limits: Limits = field(default_factory=Limits)
 

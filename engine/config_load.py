@@ -19,12 +19,13 @@ FALSE_WORDS = frozenset({"0", "false", "no", "off"})
 TYPE_WORDS = {int: "a whole number", float: "a number", str: "text"}
 VARIABLE_PREFIX = "KVASIR_"
 # read elsewhere: by the terminal client and by the build of the kernels
-OTHER_VARIABLES = frozenset({"KVASIR_URL", "KVASIR_API_KEY", "KVASIR_CACHE_DIR", "KVASIR_CPU_ISA"})
+OTHER_VARIABLES = frozenset({"KVASIR_URL", "KVASIR_API_KEY", "KVASIR_CACHE_DIR", "KVASIR_CPU_ISA", "KVASIR_COMMIT"})
 SECTION_TITLES = {
     "model": "model",
     "cache": "KV cache",
     "scheduler": "scheduler",
     "runtime": "runtime",
+    "lora": "low-rank adapters",
     "server": "HTTP server",
     "limits": "limits on requests",
 }

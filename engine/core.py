@@ -7,6 +7,7 @@ from collections import deque
 
 import msgspec
 
+from engine.control import Controls
 from engine.isolation import Runner, execute_isolated
 from engine.scheduling.plan import StepPlan, StepResult
 from engine.scheduling.scheduler import Scheduler
@@ -22,6 +23,8 @@ class EngineCore:
     def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self.controls = Controls()  # what operators may do between two steps; `engine.launch` fills it
+        self.started: list[str] = []  # requests that began to run in the last step
         self._num_steps = {"prefill": 0, "decode": 0, "mixed": 0}
         self._step_seconds: deque[tuple[str, float, int, int]] = deque(maxlen=MAX_TIMINGS)
         self._scheduler_seconds: deque[float] = deque(maxlen=MAX_TIMINGS)
@@ -48,6 +51,7 @@ class EngineCore:
         executed = time.perf_counter()
         outputs = self.scheduler.commit(plan, result)  # append ids, publish blocks, free the finished
         committed = time.perf_counter()
+        self.started = [new.request_id for new in plan.new_rows]
         if plan.chunks:
             self._record(plan, result, scheduled - started + committed - executed, committed - started)
         return outputs

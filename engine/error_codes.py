@@ -11,8 +11,10 @@ MESSAGES = {
     "server_overloaded": "the request waited too long for a place in the batch; retry later",
     "numerical_error": "the model produced values that are not finite for this request; sending it again will not help",
     "engine_dead": "the engine process ended while the request was running; it is being restarted, retry",
+    "schema_too_complex": "the constraint became too complex to follow while the answer was written; simplify it",
     "internal_error": "the engine failed on this request",
     "draining": "the server is shutting down",
+    "aborted": "the request was ended by an operator",
 }
 
 

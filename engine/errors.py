@@ -4,14 +4,19 @@
     |-- RequestError              the client's fault, told to the client
     |   |-- InvalidParameter      a field has a wrong value
     |   |-- PromptTooLong         the prompt and its output cannot fit
+    |   |-- ModelNotFound         no model or adapter of that name
+    |   |-- Conflict              what is asked for is so already
+    |   |-- SchemaTooComplex      a schema, pattern or grammar is beyond the limits
     |   |-- UnsupportedParameter  a feature that is off or unknown here
     |   `-- TemplateError         the chat template refused the messages
     |-- CapacityError             come back later
-    |   |-- QueueFull             the waiting queue is at its bound
+    |   |-- QueueFull             the waiting queue is at its bound of requests
+    |   |   `-- QueueTokensFull   ... or of prompt tokens
     |   |-- RateLimited           one key has too much in flight
     |   `-- NotReady              loading, draining, asleep or dead
     |-- EngineError               our fault
     |   |-- EngineDead            the engine process ended
+    |   |-- Aborted               an operator ended the request
     |   |-- NumericalError        NaN or infinity in a request's logits
     |   `-- DeadlineExceeded      the request ran past its time limit
     `-- ConfigError               a setting cannot be honoured; nothing was started
@@ -52,6 +57,24 @@ class PromptTooLong(RequestError):
     code = "context_length_exceeded"
 
 
+class ModelNotFound(RequestError):
+    """No model or adapter of that name is served."""
+
+    code = "model_not_found"
+
+
+class Conflict(RequestError):
+    """The state of the server forbids it, for instance an adapter of that name is loaded."""
+
+    code = "conflict"
+
+
+class SchemaTooComplex(RequestError):
+    """A schema, pattern or grammar exceeds a limit, or takes too long to compile or to follow."""
+
+    code = "schema_too_complex"
+
+
 class UnsupportedParameter(RequestError):
     """A field asks for a feature that this server does not offer."""
 
@@ -77,9 +100,15 @@ class CapacityError(KvasirError):
 
 
 class QueueFull(CapacityError):
-    """The waiting queue is at its bound of requests or tokens."""
+    """The waiting queue is at its bound of requests."""
 
     code = "queue_full"
+
+
+class QueueTokensFull(QueueFull):
+    """The waiting queue is at its bound of prompt tokens."""
+
+    code = "queue_tokens_full"
 
 
 class RateLimited(CapacityError):
@@ -104,6 +133,12 @@ class EngineDead(EngineError):
     """The engine process ended while the request was running."""
 
     code = "engine_dead"
+
+
+class Aborted(EngineError):
+    """An operator ended the request, or sent the engine to sleep."""
+
+    code = "aborted"
 
 
 class NumericalError(EngineError):

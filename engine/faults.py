@@ -14,6 +14,7 @@ from engine.errors import ConfigError
 POINTS = {
     "tokenizer": "tokenizing a prompt raises",
     "template": "rendering a chat prompt raises",
+    "compile": "compiling a constraint raises",
     "detok": "turning an output token into text raises",
     "engine_kill": "the engine process is killed before a step",
     "engine_stop": "the engine process stops answering before a step",

@@ -52,6 +52,25 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Leave the loop after the current step."""
 
 
+class Control(msgspec.Struct, frozen=True, tag=True):
+    """An operator's action, to be done between two steps and answered with a ControlReply of the same `call_id`."""
+
+    call_id: int
+    name: str
+    payload: dict[str, Any] = {}
+
+
+class ControlReply(msgspec.Struct, frozen=True, tag=True):
+    """What became of an action: `payload`, or the error with `code` of engine.errors."""
+
+    call_id: int
+    payload: dict[str, Any] = {}
+    code: str | None = None
+    message: str = ""
+    param: str | None = None
+    retry_after_s: int = 1
+
+
 class Phase(msgspec.Struct, frozen=True, tag=True):
     """Progress of starting up: "loading" or "warming", what, and the share done in [0, 1]."""
 
@@ -69,11 +88,13 @@ class Outputs(msgspec.Struct, frozen=True, tag=True):
 
     stats         at most once per heartbeat interval, and whenever the engine becomes idle
     num_received  requests taken from the socket so far: tells the client which of its requests `stats` counts
+    started       requests of which this step computed the first tokens
     """
 
     outputs: list[TokenOutput]
     stats: EngineStats | None = None
     num_received: int = 0
+    started: list[str] = []
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
@@ -103,8 +124,8 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     is_config: bool
 
 
-ToEngine = AddRequest | Abort | Shutdown
-FromEngine = Phase | Ready | Outputs | Heartbeat | Rejected | Fatal
+ToEngine = AddRequest | Abort | Control | Shutdown
+FromEngine = Phase | Ready | Outputs | Heartbeat | Rejected | ControlReply | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -8,24 +8,32 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from engine import launch_pooling, logs
+from engine.adapters import Adapters
 from engine.config import Config
+from engine.control import Payload
 from engine.errors import ConfigError
 from engine.mimir import MODELS, model_path
 from engine.resources import check_weights_fit, num_cores, size_cache
-from engine.types import ModelInfo
+from engine.scheduling.adapters import AdapterTable
+from engine.types import AdapterInfo, ModelInfo
 
 if TYPE_CHECKING:
     import torch
 
+    from engine.constraints.vocabulary import Vocabulary
     from engine.core import EngineCore
+    from engine.execution.adapters import RowAdapters
     from engine.execution.runner import ModelRunner
     from engine.models.batch import Model
+    from engine.models.pooling import Pooler
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +77,8 @@ def build_core(config: Config, progress: Progress = lambda phase, detail, share:
             progress("loading", "weights", done / max(total, 1))
 
         report(0, 0)
+        if launch_pooling.is_encoder(path):
+            return launch_pooling.build_encoder(path, config, device, report)
         model = load_model(
             path,
             device=device,
@@ -81,30 +91,53 @@ def build_core(config: Config, progress: Progress = lambda phase, detail, share:
             max_model_len=config.model.max_model_len,
         )
     progress("warming", "kernels", 0.0)
-    core, info = wire(model, config, device)
+    pooler = launch_pooling.decoder_pooler(path, config, device)
+    core, info = wire(model, config, device, _vocabulary(config, path, model), pooler)
     progress("warming", "kernels", 1.0)
     return core, info
 
 
-def wire(model: Model, config: Config, device: torch.device) -> tuple[EngineCore, ModelInfo]:
-    """Puts a loaded model, a cache, a runner and a scheduler together, and runs them once."""
+def wire(
+    model: Model,
+    config: Config,
+    device: torch.device,
+    vocabulary: Vocabulary | None = None,
+    pooler: Pooler | None = None,
+) -> tuple[EngineCore, ModelInfo]:
+    """Puts a loaded model, a cache, a runner and a scheduler together, and runs them once.
+
+    vocabulary   what constraints on outputs need; None: requests have none
+    pooler       what embeddings and class scores need; None: the model only generates
+    """
     import kernels.backend
     from engine.core import EngineCore
     from engine.execution import kv_cache
+    from engine.execution.constraints import RowConstraints
+    from engine.execution.pooling import PoolingRows
+    from engine.execution.profiler import StepProfiler
     from engine.execution.rows import RowTable
     from engine.execution.runner import ModelRunner
     from engine.execution.sampler import Sampler
     from engine.scheduling.scheduler import Scheduler
 
+    lora = _wire_adapters(model, config, device)
     cache_dtype = _resolve_cache_dtype(config.cache.kv_cache_dtype, device, model)
     size = size_cache(config, model.spec, cache_dtype, device, model.max_model_len)
+    if config.cache.max_pinned_blocks > size.num_blocks - 2:
+        raise ConfigError(
+            f"max_pinned_blocks is {config.cache.max_pinned_blocks}, but the pool has {size.num_blocks} blocks and "
+            "requests need some; lower it"
+        )
     block_size, num_rows = config.cache.block_size, config.scheduler.max_num_seqs
     runner = ModelRunner(
         model,
         kv_cache.allocate(model.spec, size.num_blocks, block_size, cache_dtype, device),
         Sampler(model.logits_size, num_rows, device, model.eos_token_ids),
-        RowTable(num_rows, size.max_model_len, block_size),
+        RowTable(num_rows, size.max_model_len, block_size, device),
+        RowConstraints(vocabulary, model.logits_size, num_rows, device, jumps=config.runtime.jump_ahead),
         device,
+        adapters=lora.rows,
+        pooling=None if pooler is None else PoolingRows(pooler),
     )
     _warm_up(runner, size.max_model_len, block_size)
     scheduler = Scheduler(
@@ -114,6 +147,7 @@ def wire(model: Model, config: Config, device: torch.device) -> tuple[EngineCore
         max_model_len=size.max_model_len,
         eos_token_ids=model.eos_token_ids,
         model_name=config.model.model,
+        adapters=lora.table,
     )
     info = ModelInfo(
         architecture=model.architecture,
@@ -125,13 +159,70 @@ def wire(model: Model, config: Config, device: torch.device) -> tuple[EngineCore
         num_layers=model.spec.num_layers,
         block_size=block_size,
         num_blocks=size.num_blocks,
+        max_pinned_blocks=config.cache.max_pinned_blocks,
         kv_cache_bytes=size.num_blocks * block_size * kv_cache.bytes_per_token(model.spec, cache_dtype),
         weight_bytes=model.weight_bytes,
         eos_token_ids=list(model.eos_token_ids),
         kernels={op: kernels.backend.select(op, device) for op in kernels.backend.operations()},
         generation_defaults=dict(model.generation_defaults) if config.model.generation_config == "auto" else {},
+        adapters=lora.loaded,
+        can_generate=pooler is None or pooler.config.has_language_head,
+        pooling=None if pooler is None else pooler.info,
     )
-    return EngineCore(scheduler, runner), info
+    core = EngineCore(scheduler, runner)
+    scheduler.cache_control.offer(core.controls)
+    StepProfiler(core, config.runtime.profile_folder).offer(core.controls)
+    core.controls.add("log_level", _set_log_level)
+    if lora.adapters is not None:
+        lora.adapters.offer(core.controls)
+    return core, info
+
+
+@dataclass(frozen=True)
+class _Lora:
+    """The parts that serve low-rank adapters; without them there is an empty table."""
+
+    table: AdapterTable
+    rows: RowAdapters | None = None
+    adapters: Adapters | None = None
+    loaded: list[AdapterInfo] = field(default_factory=list)
+
+
+def _wire_adapters(model: Model, config: Config, device: torch.device) -> _Lora:
+    """Makes room for adapters and loads those of the configuration. Raises ConfigError."""
+    given = config.lora
+    if not given.enable_lora:
+        if given.lora_adapters or given.lora_root:
+            raise ConfigError("--lora-adapters and --lora-root need --enable-lora")
+        return _Lora(AdapterTable())
+    from engine.execution.adapters import RowAdapters
+    from engine.models.decoder import Decoder
+
+    if not isinstance(model, Decoder):
+        raise ConfigError(f"--enable-lora needs a native decoder; {model.architecture} does not run through one")
+    table = AdapterTable(given.max_lora_adapters, on_free=lambda index: rows.drop(index))
+    room = model.enable_adapters(table.num_indices - 1)
+    rows = RowAdapters(room, config.scheduler.max_num_seqs, given.max_lora_rank, device)
+    adapters = Adapters(given, table, rows)
+    return _Lora(table, rows, adapters, adapters.load_at_start())
+
+
+def _vocabulary(config: Config, path: Path, model: Model) -> Vocabulary | None:
+    """What structured output needs of the tokenizer. None, told in the log, when it cannot be had of this one."""
+    from engine.constraints.vocabulary import Vocabulary
+    from engine.text import tokenizer_files
+
+    try:
+        files = tokenizer_files.read(Path(config.model.tokenizer or path))
+        return Vocabulary(files.definition, model.eos_token_ids, model.logits_size)
+    except ConfigError as error:
+        logger.warning("%s; requests with constraints on their output are refused", error)
+        return None
+
+
+def _set_log_level(payload: Payload) -> Payload:
+    logs.set_level(payload["level"])
+    return {}
 
 
 def _check_import_name() -> None:

@@ -23,7 +23,10 @@ from tqdm import tqdm
 
 from engine.config import Config, sections
 from engine.config_load import load
-from engine.errors import ConfigError, InvalidParameter, KvasirError, QueueFull
+from engine.constraints.grammar import compile_constraint
+from engine.constraints.limits import ConstraintLimits
+from engine.constraints.vocabulary import Vocabulary
+from engine.errors import ConfigError, InvalidParameter, KvasirError, ModelNotFound, QueueFull
 from engine.faults import Faults
 from engine.launch import resolve_model_path
 from engine.stream import RequestStream
@@ -33,6 +36,7 @@ from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 from engine.types import (
     ChatPrompt,
+    Constraint,
     FinishReason,
     GenerationRequest,
     LogprobEntry,
@@ -104,6 +108,7 @@ class LLM:
         self.tokenizer = Tokenizer.from_folder(Path(folder), self.config.model.chat_template)
         self._core, self.info = build_core(self.config)
         self._template: ChatTemplate | None = None
+        self._vocabulary: Vocabulary | None = None
         self._serial = itertools.count()
 
     def __enter__(self) -> LLM:
@@ -130,7 +135,8 @@ class LLM:
 
         prompts           a text, texts, or token id sequences
         sampling          for all prompts, or one per prompt; draws depend on its `seed` alone
-        request_options   further fields of GenerationRequest, for instance stop=("\\n",) or num_choices=4
+        request_options   further fields of GenerationRequest, for instance stop=("\\n",), num_choices=4 or
+                          constraint=Constraint("regex", "[0-9]+")
         Raises RequestError for a prompt or parameter that cannot be served; nothing has run then.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -213,7 +219,16 @@ class LLM:
         given = GenerationRequest(prompt=token_ids, sampling=sampling, seed_given=True, **request_options)
         bad_words = token_sequences(self.tokenizer, given.bad_words)
         token_ids = truncate(token_ids, given, context_limit(self.info))
-        request = build(given, f"offline-{next(self._serial)}", token_ids, bad_words, self.info, is_strict=False)
+        request = build(
+            given,
+            f"offline-{next(self._serial)}",
+            token_ids,
+            bad_words,
+            self.info,
+            is_strict=False,
+            grammar=None if given.constraint is None else self._grammar(given.constraint),
+            adapter=self._adapter(given.adapter),
+        )
         return RequestStream(
             self.tokenizer,
             given,
@@ -222,6 +237,20 @@ class LLM:
             faults=Faults({}),
             abort=self._core.abort,
         )
+
+
+    def _adapter(self, name: str) -> str:
+        """The key of an adapter of the option `lora_adapters`. Raises ModelNotFound."""
+        keys = {"": "", **{adapter.name: adapter.key for adapter in self.info.adapters}}
+        if name not in keys:
+            raise ModelNotFound(f"no adapter {name!r} is loaded; name it in lora_adapters", param="adapter")
+        return keys[name]
+
+    def _grammar(self, constraint: Constraint) -> str:
+        """Raises InvalidParameter and SchemaTooComplex."""
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self.tokenizer.files.definition, self.info.eos_token_ids)
+        return compile_constraint(constraint, self._vocabulary, ConstraintLimits.of(self.config.limits))
 
 
 class _Collector:

@@ -23,18 +23,19 @@ from engine.metrics_factory import (
     TTFT_BUCKETS,
     MetricFactory,
 )
+from engine.metrics_grammar import GrammarMetrics
 from engine.types import EngineStats, ModelInfo
-from engine.version import __version__
+from engine.version import __version__, commit
 
 FINISH_REASONS = ("stop", "length", "tool_calls", "abort", "error", "timeout")
 REJECTIONS = (
-    *("auth", "rate_limit", "body_too_large", "queue_full", "draining", "loading", "validation"),
-    *("context_length", "model_not_found", "other"),
+    *("auth", "rate_limit", "body_too_large", "queue_full", "queue_tokens", "draining", "loading", "sleeping"),
+    *("validation", "context_length", "model_not_found", "other"),
 )
-STATES = ("starting", "loading", "warming", "ready", "draining", "dead")
+STATES = ("starting", "loading", "warming", "ready", "draining", "sleeping", "dead")
 STEP_KINDS = ("prefill", "decode", "mixed")
 STATUSES = ("200", "400", "401", "404", "405", "408", "413", "415", "429", "431", "499", "500", "503", "504")
-DISCONNECT_PHASES = ("prefill", "decode")
+DISCONNECT_PHASES = ("queued", "prefill", "decode")
 PRIORITIES = ("high", "normal", "low")
 OTHER = "other"
 
@@ -50,6 +51,7 @@ class Metrics:
         factory = MetricFactory(self.registry, model)
         self.requests = RequestMetrics(factory)
         self.engine = EngineMetrics(factory)
+        self.grammar = GrammarMetrics(factory)
         if compat == "vllm":
             self.registry.register(VllmNames(factory.families, self.engine))
 
@@ -74,7 +76,7 @@ class HttpMetrics:
         self._rejections = {reason: rejections.labels(reason) for reason in REJECTIONS}
         disconnects = Counter(
             "kvasir_client_disconnects",
-            "Clients that left before the end; prefill means before the first token",
+            "Clients that left before the end: before the first step, before the first token, or later",
             ["phase"],
             registry=registry,
         )
@@ -84,6 +86,18 @@ class HttpMetrics:
         )
         self.buffer_overflows = Counter(
             "kvasir_sse_buffer_overflow", "Streams ended because the reader was too slow", registry=registry
+        )
+        self.tokenize_seconds = Histogram(
+            "kvasir_tokenize_seconds",
+            "Template and tokenizer for one prompt, waiting for a thread included",
+            buckets=STEP_BUCKETS,
+            registry=registry,
+        )
+        self.detokenize_seconds = Histogram(
+            "kvasir_detokenize_seconds",
+            "Tokens of one step into text, for all its requests",
+            buckets=STEP_BUCKETS,
+            registry=registry,
         )
         self.loop_lag = Histogram(
             "kvasir_event_loop_lag_seconds",
@@ -110,6 +124,10 @@ class HttpMetrics:
         self._durations.labels(route).observe(seconds)
         label = method if (route, method) in self._known else OTHER
         self._requests.labels(route, label, str(status)).inc()
+
+    def observe_text(self, work: str, seconds: float) -> None:
+        """`work` is "tokenize" or "detokenize"."""
+        (self.tokenize_seconds if work == "tokenize" else self.detokenize_seconds).observe(seconds)
 
     def rejected(self, reason: str) -> None:
         self._rejections[reason if reason in self._rejections else OTHER].inc()
@@ -139,7 +157,7 @@ class RequestMetrics:
         self.ttft_seconds = make.histogram(
             "kvasir_time_to_first_token_seconds", "From arrival to the first token", TTFT_BUCKETS
         )
-        self.itl_seconds = make.histogram(
+        self.itl_seconds = make.token_histogram(
             "kvasir_inter_token_latency_seconds",
             "Gap before each token but a choice's first; k tokens at once are k gaps of one k-th",
             ITL_BUCKETS,
@@ -167,7 +185,7 @@ class EngineMetrics:
         self._make = make
         self._seen: dict[str, float] = {}
         self.info: ModelInfo | None = None
-        _build_info(make)
+        self._build_info = _BuildInfo(make)
         make.gauge("kvasir_start_time_seconds", "When the front end started, in Unix time").set_to_current_time()
         self.ready = make.gauge("kvasir_ready", "1 while requests are accepted")
         self.state = make.gauges("kvasir_state", "1 for the state the server is in", "state", STATES)
@@ -236,6 +254,7 @@ class EngineMetrics:
         if self.info is None:
             self._make.info("kvasir_engine_config_info", "Settings of the engine", config_labels)
         self.info = info
+        self._build_info.set_device(info.device)
         self.block_size.set(info.block_size)
         self.device_bytes["weights"].set(info.weight_bytes)
         self.device_bytes["kv"].set(info.kv_cache_bytes)
@@ -295,10 +314,25 @@ class EngineMetrics:
         self._seen[key] = value
 
 
-def _build_info(make: MetricFactory) -> None:
-    try:
-        torch_version = metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        torch_version = "none"
-    labels = {"version": __version__, "python": platform.python_version(), "torch": torch_version}
-    make.info("kvasir_build_info", "Versions of what is running", labels)
+class _BuildInfo:
+    """One constant series; the device joins it when the engine has told which one it is."""
+
+    def __init__(self, make: MetricFactory) -> None:
+        try:
+            torch_version = metadata.version("torch")
+        except metadata.PackageNotFoundError:
+            torch_version = "none"
+        self._labels = {
+            "version": __version__,
+            "commit": commit(),
+            "python": platform.python_version(),
+            "torch": torch_version,
+            "device": "",
+        }
+        self._family = make.info("kvasir_build_info", "Versions of what is running", self._labels)
+        self._model = make.model
+
+    def set_device(self, device: str) -> None:
+        self._labels["device"] = device
+        self._family.clear()
+        self._family.labels(self._model, *self._labels.values()).set(1)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 # Bucket borders are part of the contract: changing them breaks recording rules.
@@ -25,43 +30,74 @@ STEP_TOKEN_BUCKETS = (1, *(8 * 2**i for i in range(12)))
 Family = TypeVar("Family", Counter, Gauge, Histogram)
 
 
+class TokenHistogram(Collector):
+    """A histogram that is observed once per token: one writer, no lock, the bucket found by bisection."""
+
+    def __init__(self, name: str, text: str, labels: Mapping[str, str], buckets: Sequence[float]) -> None:
+        self._name = name
+        self._text = text
+        self._labels = dict(labels)
+        self._bounds = [*map(float, buckets), math.inf]
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Counts `value` so many times."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+        cumulated = zip(self._bounds, itertools.accumulate(self._counts), strict=True)
+        buckets = [("+Inf" if bound == math.inf else str(bound), float(count)) for bound, count in cumulated]
+        family.add_metric(list(self._labels.values()), buckets, sum_value=self._sum)
+        yield family
+
+
 class MetricFactory:
     """Makes metrics that carry the served model's name, and remembers the families for `VllmNames`."""
 
     def __init__(self, registry: CollectorRegistry, model: str) -> None:
         self._registry = registry
-        self._model = model
+        self.model = model
         self.families: dict[str, Collector] = {}
 
     def counter(self, name: str, text: str) -> Counter:
-        return self._keep(name, Counter(name, text, ["model"], registry=self._registry)).labels(self._model)
+        return self._keep(name, Counter(name, text, ["model"], registry=self._registry)).labels(self.model)
 
     def counters(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Counter]:
         family = self._keep(name, Counter(name, text, ["model", label], registry=self._registry))
-        return {value: family.labels(self._model, value) for value in values}
+        return {value: family.labels(self.model, value) for value in values}
 
     def gauge(self, name: str, text: str) -> Gauge:
-        return self._keep(name, Gauge(name, text, ["model"], registry=self._registry)).labels(self._model)
+        return self._keep(name, Gauge(name, text, ["model"], registry=self._registry)).labels(self.model)
 
     def gauges(self, name: str, text: str, label: str, values: Iterable[str], **fixed: str) -> dict[str, Gauge]:
         """`fixed` labels have one value today; they are there so that more can come without a new name."""
         family = self._keep(name, Gauge(name, text, ["model", label, *fixed], registry=self._registry))
-        return {value: family.labels(self._model, value, *fixed.values()) for value in values}
+        return {value: family.labels(self.model, value, *fixed.values()) for value in values}
 
     def histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
         family = Histogram(name, text, ["model"], buckets=buckets, registry=self._registry)
-        return self._keep(name, family).labels(self._model)
+        return self._keep(name, family).labels(self.model)
+
+    def token_histogram(self, name: str, text: str, buckets: Sequence[float]) -> TokenHistogram:
+        family = TokenHistogram(name, text, {"model": self.model}, buckets)
+        self._registry.register(family)
+        self.families[name] = family
+        return family
 
     def histograms(
         self, name: str, text: str, buckets: Sequence[float], label: str, values: Iterable[str]
     ) -> dict[str, Histogram]:
         family = self._keep(name, Histogram(name, text, ["model", label], buckets=buckets, registry=self._registry))
-        return {value: family.labels(self._model, value) for value in values}
+        return {value: family.labels(self.model, value) for value in values}
 
-    def info(self, name: str, text: str, labels: Mapping[str, str]) -> None:
-        """A gauge that is always 1 and says something in its labels."""
+    def info(self, name: str, text: str, labels: Mapping[str, str]) -> Gauge:
+        """A gauge that is always 1 and says something in its labels. Returns the family."""
         family = Gauge(name, text, ["model", *labels], registry=self._registry)
-        self._keep(name, family).labels(self._model, *labels.values()).set(1)
+        self._keep(name, family).labels(self.model, *labels.values()).set(1)
+        return family
 
     def _keep(self, name: str, family: Family) -> Family:
         self.families[name] = family

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine import ipc
+from engine import ipc, logs
 from engine.config import Config
 from engine.errors import CapacityError, ConfigError, KvasirError
 from engine.faults import Faults
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("engine.process")
 
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 CONFIG_EXIT_CODE = 2
 SEND_BUFFER_BYTES = 4 * 1024 * 1024
 READ_BYTES = 1 << 18
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None, build: Build | None = None) -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=Config)
-    logging.basicConfig(level=config.server.log_level.upper(), format=LOG_FORMAT)
+    logs.setup(config.server.log_level, config.server.log_format)
     link = _Link(arguments.socket)
     inbox = _Inbox(link.connection)
     pulse = _Pulse(link, config.runtime.heartbeat_s)
@@ -235,9 +234,10 @@ class _EngineLoop:
         if is_due:
             self._stats_sent_at = now
         self._is_idle_reported = is_idle
-        if outputs or is_due:
+        started, self._core.started = self._core.started, []
+        if outputs or is_due or started:
             stats = self._core.stats() if is_due else None
-            self._link.send(ipc.Outputs(outputs, stats, self._num_received))
+            self._link.send(ipc.Outputs(outputs, stats, self._num_received, started))
 
     def _receive(self, message: ipc.ToEngine) -> None:
         if isinstance(message, ipc.AddRequest):
@@ -245,6 +245,8 @@ class _EngineLoop:
             self._add(message)
         elif isinstance(message, ipc.Abort):
             self._core.abort(message.request_id, message.choice)
+        elif isinstance(message, ipc.Control):
+            self._link.send(self._core.controls.answer(message))
 
     def _add(self, message: ipc.AddRequest) -> None:
         request = message.request

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from engine.config import Limits
 from engine.errors import InvalidParameter, PromptTooLong, UnsupportedParameter
@@ -17,9 +17,10 @@ from engine.text.bad_words import token_sequences
 from engine.text.rendered import RenderedText
 from engine.text.template_process import TemplateProcess
 from engine.text.tokenizer import Tokenizer
-from engine.types import ChatPrompt
+from engine.types import ChatPrompt, PoolingRequest, TextPair
 
 NUM_THREADS = 2
+_CLIP_FACTOR = 8  # times the usual bound on bytes per token, for texts that are cut to length
 
 T = TypeVar("T")
 
@@ -77,6 +78,72 @@ class PromptEncoder:
             return await self._in_thread(lambda: self._encode_rendered(rendered, label), param)
         self._check_size(prompt, max_tokens, param)
         return await self._in_thread(lambda: self._encode_text(prompt, add_special_tokens, label), param)
+
+    async def infill(
+        self, prefix: str | list[int], suffix: str, *, max_tokens: int, add_special_tokens: bool, param: str
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """Token ids of a prompt that asks for the text between two parts, and of the tokens that end that text.
+
+        add_special_tokens   begin with the beginning-of-text token where this vocabulary's texts do; for text prefixes
+        Raises UnsupportedParameter for a model that cannot, and otherwise as `encode`.
+        """
+        form = self.tokenizer.infill
+        if form is None:
+            raise UnsupportedParameter(
+                "this model's vocabulary has no tokens for filling in the middle; leave out suffix", param="suffix"
+            )
+        self._check_size(suffix, max_tokens, "suffix")
+
+        def work() -> list[int]:
+            return form.prompt(before, self.tokenizer.encode_inner(suffix))
+
+        before = await self.encode(prefix, max_tokens=max_tokens, add_special_tokens=False, param=param)
+        ids = await self._in_thread(work, "suffix")
+        start = self.tokenizer.encode("")[:1] if isinstance(prefix, str) and add_special_tokens else []
+        return ([*start, *ids] if start == [self.tokenizer.bos_token_id] else ids), form.end_ids
+
+    async def encode_pooling(self, given: PoolingRequest, *, max_tokens: int) -> tuple[list[int], int]:
+        """Token ids of a pooling request, cut as it asks, and the number of them that are the first text's of a pair.
+
+        max_tokens   what the model takes. Raises as `encode`.
+        """
+        prompt, asked, side = given.prompt, given.truncate_prompt_tokens, given.truncation_side
+        param = given.prompt_param
+        if asked is not None and (asked < -1 or asked == 0):
+            raise InvalidParameter(
+                f"truncate_prompt_tokens is {asked}; give -1 or at least 1", param="truncate_prompt_tokens"
+            )
+        keep = max_tokens if asked == -1 else asked
+        if isinstance(prompt, list | ChatPrompt):
+            ids = await self.encode(prompt, max_tokens=max_tokens, param=param, label=given.client_request_id)
+            return (ids if keep is None else ids[:keep] if side == "right" else ids[-keep:]), 0
+        pair = prompt if isinstance(prompt, TextPair) else None
+        text = prompt if isinstance(prompt, str) else prompt.first
+        second, max_second = (None, None) if pair is None else (pair.second, pair.max_second_tokens)
+        is_cut = keep is not None or max_second is not None
+        if second is not None and is_cut:
+            second = self._clipped(second, min(keep or max_tokens, max_second or max_tokens, max_tokens), side)
+        elif keep is not None:
+            text = self._clipped(text, min(keep, max_tokens), side)
+        self._check_size(text + (second or ""), max_tokens * (_CLIP_FACTOR if is_cut else 1), param)
+
+        def work() -> tuple[list[int], int]:
+            self._faults.check("tokenizer", label=given.client_request_id)
+            return self.tokenizer.encode_cut(
+                text,
+                second,
+                add_special_tokens=given.add_special_tokens,
+                max_tokens=keep,
+                max_second_tokens=max_second,
+                side=side,
+            )
+
+        return await self._in_thread(work, param)
+
+    def _clipped(self, text: str, num_tokens: int, side: Literal["left", "right"]) -> str:
+        """The part of a text that can end up in `num_tokens` tokens: what is cut anyway costs no tokenizing."""
+        size = num_tokens * self._limits.max_prompt_bytes_per_token * _CLIP_FACTOR // 4  # a character has up to 4 bytes
+        return text[:size] if side == "right" else text[-size:]
 
     async def render(self, prompt: ChatPrompt) -> str:
         """The text that the model would see. Raises TemplateError, InvalidParameter, UnsupportedParameter."""

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from engine.errors import EngineError
+from engine.pooled_stream import PooledStream
 from engine.stream import RequestStream
 
 NUM_RESTARTS_TOGETHER = 1
@@ -20,15 +21,18 @@ class PoisonedRequest(EngineError):
     """The engine died each time it ran this request. Not an EngineDead, which invites clients to send it again."""
 
 
+AnyStream = RequestStream | PooledStream
+
+
 class Recovery:
     """Decides; `send` hands a stream's request to the engine."""
 
-    def __init__(self, send: Callable[[RequestStream], None]) -> None:
+    def __init__(self, send: Callable[[AnyStream], None]) -> None:
         self._send = send
-        self._suspects: deque[RequestStream] = deque()
-        self._on_trial: RequestStream | None = None
+        self._suspects: deque[AnyStream] = deque()
+        self._on_trial: AnyStream | None = None
 
-    def lost(self, streams: Iterable[RequestStream]) -> None:
+    def lost(self, streams: Iterable[AnyStream]) -> None:
         """The engine process died with these requests."""
         on_trial, self._on_trial = self._on_trial, None
         self._suspects.clear()
@@ -40,7 +44,7 @@ class Recovery:
             else:
                 stream.restart()
 
-    def ready(self, streams: Iterable[RequestStream]) -> None:
+    def ready(self, streams: Iterable[AnyStream]) -> None:
         """A new process takes requests."""
         for stream in streams:
             if stream.is_done:
@@ -51,7 +55,7 @@ class Recovery:
                 self._send(stream)
         self._try_next()
 
-    def noticed(self, stream: RequestStream) -> None:
+    def noticed(self, stream: AnyStream) -> None:
         """The stream got further, ended or was closed: when it was on trial, the next suspect's turn has come."""
         if stream is self._on_trial and (stream.has_progressed or stream.is_done):
             stream.num_restarts = 0

@@ -1,6 +1,7 @@
 """The client's side of one running request: token outputs in, text outputs out; nobody ever waits for the reader.
 
-Text that the reader has not taken is merged per choice, so a slow reader costs one pending piece and not a queue.
+What the reader has not taken is merged per choice when it comes. This is the front end's path of every token: what it
+does per token is kept to a few dictionary look-ups.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -16,7 +17,9 @@ import msgspec
 from engine.error_codes import to_exception
 from engine.errors import EngineDead, KvasirError
 from engine.faults import Faults
-from engine.text.detokenizer import Delta, Detokenizer
+from engine.text.detokenizer import Decoded, Detokenizer
+from engine.text.parsed_output import ParsedOutput
+from engine.text.parsers import OutputParser
 from engine.text.tokenizer import Tokenizer
 from engine.types import (
     EngineRequest,
@@ -32,26 +35,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Pending:
-    """Output of one choice that the reader has not taken."""
-
-    texts: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[LogprobEntry] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    prompt_logprobs: list[LogprobEntry | None] | None = None
-    queued_s: float | None = None
-    num_preemptions: int = 0
-
-
-@dataclass(slots=True)
 class _Choice:
     detokenizer: Detokenizer
+    parsed: ParsedOutput | None = None  # None: all text is content
     token_ids: list[int] = field(default_factory=list)  # all that count so far
     num_replayed: int = 0  # those of them that the present engine process has produced
     is_done: bool = False
-    is_announced: bool = False  # its first piece, with the prompt's ids, has been taken
+    is_announced: bool = False  # its first piece, with the prompt's ids, is on its way
 
 
 class RequestStream:
@@ -70,28 +60,44 @@ class RequestStream:
         eos_token_ids: frozenset[int],
         faults: Faults,
         abort: Callable[[str, int | None], None],
+        notify: Callable[[], None] | None = None,
+        closed: Callable[[RequestStream], None] | None = None,
+        new_parser: Callable[[], OutputParser | None] = lambda: None,
+        kept_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """abort(request_id, choice) tells the core that nobody wants a choice, or any of them, any more."""
+        """
+        abort    abort(request_id, choice) tells the core that nobody wants a choice, or any of them, any more
+        notify   called whenever there is something to `take`, or nothing more will come; default: wakes `next`
+        closed   called once, when the reader is done with the stream
+        new_parser, kept_ids   what tells thinking and calls from content, and the special tokens that it has to see
+        """
         self.given = given
         self.request = request
         self._created_s = time.monotonic()
         self.num_restarts = 0
+        self.is_started = False  # the engine has begun to compute it
         self.has_progressed = False  # beyond what was known at the last restart
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset() if request.sampling.ignore_eos else eos_token_ids
         self._faults = faults
         self._abort = abort
-        self._choices = [_Choice(self._new_detokenizer()) for _ in range(request.num_choices)]
-        self._pending: dict[int, _Pending] = {}
+        self._kept_ids = kept_ids
+        self._choices = [self._new_choice(new_parser()) for _ in range(request.num_choices)]
+        self._num_unfinished = request.num_choices
+        self._num_prompt_tokens = len(request.prompt_token_ids)
+        self._pending: dict[int, list[TextOutput]] = {}  # by choice
+        self.unsent_bytes = 0  # about what the pending pieces will take on the wire
         self._error: KvasirError | None = None
         self._wake = asyncio.Event()
+        self._notify = notify or self._wake.set
+        self._closed = closed
         self._num_cached_tokens: int | None = None
         self._has_prompt_logprobs = False
 
     @property
     def is_done(self) -> bool:
         """No more output will be accepted."""
-        return self._error is not None or all(choice.is_done for choice in self._choices)
+        return self._error is not None or not self._num_unfinished
 
     @property
     def done_choices(self) -> list[int]:
@@ -104,10 +110,11 @@ class RequestStream:
 
     def push(self, output: TokenOutput) -> None:
         """Takes what one step produced. A fault in turning it into text ends this request alone."""
-        if self.is_done or self._choices[output.choice].is_done:
+        choice = self._choices[output.choice]
+        if choice.is_done or self._error is not None:
             return  # the tail of a choice that a stop string ended here
         try:
-            self._push(output)
+            self._push(choice, output)
         except KvasirError as error:
             self.fail(error)
         except Exception:
@@ -134,13 +141,16 @@ class RequestStream:
         if not self.is_done:
             self._error = error
             self._abort(self.request.request_id, None)
-            self._wake.set()
+            self._notify()
 
     def close(self) -> None:
-        """The reader is gone."""
+        """The reader is gone: aborts what still runs. What is pending can be taken nevertheless."""
         if not self.is_done:
             self._error = to_exception("aborted", "the reader left")
             self._abort(self.request.request_id, None)
+        closed, self._closed = self._closed, None
+        if closed is not None:
+            closed(self)
 
     async def next(self) -> TextOutput | None:
         """The next piece of any choice, or None after the last. Raises what `fail` was given."""
@@ -156,7 +166,13 @@ class RequestStream:
                 raise self._error
             return None
         index = next(iter(self._pending))
-        return self._to_output(index, self._pending.pop(index))
+        outputs = self._pending.pop(index)
+        if not self._pending:
+            self.unsent_bytes = 0
+        return outputs[0] if len(outputs) == 1 else TextOutput.join(outputs)
+
+    def _new_choice(self, parser: OutputParser | None) -> _Choice:
+        return _Choice(self._new_detokenizer(), None if parser is None else ParsedOutput(parser))
 
     def _new_detokenizer(self) -> Detokenizer:
         given = self.given
@@ -167,65 +183,105 @@ class RequestStream:
             min_tokens=self.request.sampling.min_tokens,
             skip_special_tokens=given.skip_special_tokens,
             spaces_between_special_tokens=given.spaces_between_special_tokens,
+            kept_ids=self._kept_ids,
         )
 
-    def _push(self, output: TokenOutput) -> None:
-        choice = self._choices[output.choice]
+    def _push(self, choice: _Choice, output: TokenOutput) -> None:
         self._faults.check("detok", label=self.given.client_request_id)
         if output.finish_reason in ("error", "abort"):
             raise to_exception(output.error or "internal_error")
-        output = _skip_replayed(choice, output)
+        if choice.num_replayed < len(choice.token_ids):
+            output = _skip_replayed(choice, output)
         if output.num_cached_tokens is not None and self._num_cached_tokens is None:
             self._num_cached_tokens = output.num_cached_tokens
         if not output.token_ids and output.finish_reason is None:
             return
-        delta, finish_reason, stop_reason = self._to_text(choice, output)
-        choice.token_ids += output.token_ids[: delta.num_tokens]
+        decoded, finish_reason, stop_reason = self._to_text(choice, output)
+        choice.token_ids += output.token_ids[: decoded.num_tokens]
         choice.num_replayed = len(choice.token_ids)
         self.has_progressed = True
-        self._store(output, delta, finish_reason, stop_reason)
+        self._store(choice, output, decoded, finish_reason, stop_reason)
         if finish_reason is not None:
             choice.is_done = True
+            self._num_unfinished -= 1
             if output.finish_reason is None:
                 self._abort(self.request.request_id, output.choice)
-        self._wake.set()
+        self._notify()
 
-    def _to_text(self, choice: _Choice, output: TokenOutput) -> tuple[Delta, FinishReason | None, str | int | None]:
+    def _to_text(self, choice: _Choice, output: TokenOutput) -> tuple[Decoded, FinishReason | None, str | int | None]:
         """What to show, how many of the tokens count, and why the choice ends, if it does."""
         token_ids = output.token_ids
         # the token that ends a stream is not part of its text, unless the user wants to see what stopped it
         hides_last = output.stop_token_id is not None and not self.given.include_stop_str_in_output
-        delta = choice.detokenizer.push(token_ids[:-1] if hides_last else token_ids)
-        if delta.stop is not None:
-            return delta, "stop", delta.stop
+        decoded = self._decode(choice, token_ids[:-1] if hides_last else token_ids)
+        if decoded.stop is not None:
+            if choice.parsed is not None:
+                choice.parsed.finish("")
+            return decoded, "stop", decoded.stop
         if output.finish_reason is None:
-            return delta, None, None
+            return decoded, None, None
         rest = choice.detokenizer.finish()
-        text = delta.text + rest.text
+        if choice.parsed is not None:
+            choice.parsed.finish(rest.text)
+        text = decoded.text + rest.text
         if rest.stop is not None:
-            return Delta(text, len(token_ids), rest.stop), "stop", rest.stop
+            return Decoded(text, len(token_ids), rest.stop), "stop", rest.stop
         stop_reason = None if output.stop_token_id in self._eos_token_ids else output.stop_token_id
-        return Delta(text, len(token_ids)), output.finish_reason, stop_reason
+        return Decoded(text, len(token_ids)), output.finish_reason, stop_reason
+
+    def _decode(self, choice: _Choice, token_ids: Sequence[int]) -> Decoded:
+        """The text of tokens, which the parser gets one by one: it tells which of them were thinking."""
+        if choice.parsed is None:
+            return choice.detokenizer.push(token_ids)
+        texts = []
+        for count, token_id in enumerate(token_ids, 1):
+            decoded = choice.detokenizer.push((token_id,))
+            texts.append(decoded.text)
+            choice.parsed.push(decoded.text, choice.detokenizer.num_held)
+            if decoded.stop is not None:
+                return Decoded("".join(texts), count, decoded.stop)
+        return Decoded("".join(texts), len(token_ids))
 
     def _store(
-        self, output: TokenOutput, delta: Delta, finish_reason: FinishReason | None, stop_reason: str | int | None
+        self,
+        choice: _Choice,
+        output: TokenOutput,
+        decoded: Decoded,
+        finish_reason: FinishReason | None,
+        stop_reason: str | int | None,
     ) -> None:
-        pending = self._pending.setdefault(output.choice, _Pending())
-        pending.texts.append(delta.text)
-        pending.token_ids += output.token_ids[: delta.num_tokens]
+        token_ids = output.token_ids[: decoded.num_tokens]
+        logprobs = prompt_logprobs = None
         if output.logprobs is not None:
-            entries = [self._logprob_entry(item) for item in output.logprobs[: delta.num_tokens]]
-            pending.logprobs = (pending.logprobs or []) + entries
+            logprobs = [self._logprob_entry(item) for item in output.logprobs[: decoded.num_tokens]]
         if output.prompt_logprobs is not None and not self._has_prompt_logprobs:
             self._has_prompt_logprobs = True
-            pending.prompt_logprobs = [
-                None if item is None else self._logprob_entry(item) for item in output.prompt_logprobs
-            ]
-        if output.queued_s is not None:
-            pending.queued_s = output.queued_s
-        pending.finish_reason = finish_reason
-        pending.stop_reason = stop_reason
-        pending.num_preemptions = output.num_preemptions
+            prompt_logprobs = [None if item is None else self._logprob_entry(item) for item in output.prompt_logprobs]
+        is_first, choice.is_announced = not choice.is_announced, True
+        piece = TextOutput(
+            choice=output.choice,
+            text=decoded.text,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=self._num_cached_tokens or 0,
+            num_output_tokens=len(choice.token_ids),
+            num_reasoning_tokens=0 if choice.parsed is None else choice.parsed.num_reasoning_tokens,
+            delta=None if choice.parsed is None else choice.parsed.take(),
+            prompt_token_ids=self.request.prompt_token_ids if is_first else None,
+            prompt_logprobs=prompt_logprobs,
+            cache_miss=output.cache_miss,
+            queued_s=output.queued_s,
+            num_preemptions=output.num_preemptions,
+        )
+        pieces = self._pending.get(output.choice)
+        if pieces is None:
+            self._pending[output.choice] = [piece]
+        else:
+            pieces.append(piece)
+        self.unsent_bytes += piece.size_bytes
 
     def _logprob_entry(self, item: TokenLogprob) -> LogprobEntry:
         text_of, bytes_of = self._tokenizer.token_text, self._tokenizer.token_bytes
@@ -239,25 +295,6 @@ class RequestStream:
                 (token_id, text_of(token_id), bytes_of(token_id), logprob)
                 for token_id, logprob in zip(item.top_ids, item.top_logprobs, strict=True)
             ],
-        )
-
-    def _to_output(self, index: int, pending: _Pending) -> TextOutput:
-        choice = self._choices[index]
-        is_first, choice.is_announced = not choice.is_announced, True
-        return TextOutput(
-            choice=index,
-            text="".join(pending.texts),
-            token_ids=pending.token_ids,
-            logprobs=pending.logprobs,
-            finish_reason=pending.finish_reason,
-            stop_reason=pending.stop_reason,
-            num_prompt_tokens=len(self.request.prompt_token_ids),
-            num_cached_tokens=self._num_cached_tokens or 0,
-            num_output_tokens=len(choice.token_ids),
-            prompt_token_ids=self.request.prompt_token_ids if is_first else None,
-            prompt_logprobs=pending.prompt_logprobs,
-            queued_s=pending.queued_s,
-            num_preemptions=pending.num_preemptions,
         )
 
 

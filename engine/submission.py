@@ -11,15 +11,15 @@ from collections.abc import Sequence
 import msgspec
 
 from engine.config import Limits
-from engine.errors import InvalidParameter, PromptTooLong
+from engine.errors import InvalidParameter, PromptTooLong, UnsupportedParameter
 from engine.sampling_params import validate
-from engine.types import EngineRequest, GenerationRequest, ModelInfo
+from engine.types import CompiledConstraint, EngineRequest, GenerationRequest, ModelInfo
 
 SEED_BITS = 63
 
 
 def truncate(token_ids: list[int], request: GenerationRequest, limit: int) -> list[int]:
-    """The last `truncate_prompt_tokens` tokens; -1 keeps what leaves room for one token of output."""
+    """The last `truncate_prompt_tokens` tokens, or the first; -1 keeps what leaves room for one token of output."""
     keep = request.truncate_prompt_tokens
     if keep is None:
         return token_ids
@@ -28,7 +28,7 @@ def truncate(token_ids: list[int], request: GenerationRequest, limit: int) -> li
             f"truncate_prompt_tokens is {keep}; give -1 or at least 1", param="truncate_prompt_tokens"
         )
     keep = limit - 1 if keep == -1 else keep
-    return token_ids[-keep:]
+    return token_ids[-keep:] if request.truncation_side == "left" else token_ids[:keep]
 
 
 def context_limit(info: ModelInfo) -> int:
@@ -44,17 +44,22 @@ def build(
     info: ModelInfo,
     *,
     is_strict: bool,
+    grammar: str | None = None,
+    adapter: str = "",
     limits: Limits | None = None,
     elapsed_s: float = 0.0,
 ) -> EngineRequest:
     """Fits the request into the context.
 
     is_strict   refuse instead of cutting max_tokens when prompt plus max_tokens exceed the context
+    grammar     the compiled constraint
+    adapter     key of the loaded adapter of that name
     limits      bounds on the sizes of lists; None sets none
     elapsed_s   time already spent of `request.deadline_s`
-    Raises InvalidParameter and PromptTooLong.
+    Raises UnsupportedParameter, InvalidParameter and PromptTooLong.
     """
-    _check_prompt(token_ids, info, request.prompt_param)
+    require_generation(info)
+    check_prompt(token_ids, info, request.prompt_param)
     max_tokens = _fit_output(request, len(token_ids), info, is_strict)
     sampling = msgspec.structs.replace(
         request.sampling,
@@ -75,10 +80,23 @@ def build(
         deadline_s=None if request.deadline_s is None else max(request.deadline_s - elapsed_s, 0.0),
         kv_policy=request.kv_policy,
         speculative=request.speculative,
+        constraint=None if grammar is None else CompiledConstraint(grammar, request.constraint_after or ""),
+        adapter=adapter,
     )
 
 
-def _check_prompt(token_ids: list[int], info: ModelInfo, param: str) -> None:
+def require_generation(info: ModelInfo) -> None:
+    """Raises UnsupportedParameter when the model has no language head."""
+    if not info.can_generate:
+        raise UnsupportedParameter(
+            f"this model ({info.architecture}) generates no text; it serves embeddings or class scores: see "
+            "/v1/embeddings, /pooling, /classify, /score and /rerank",
+            param="model",
+        )
+
+
+def check_prompt(token_ids: list[int], info: ModelInfo, param: str) -> None:
+    """Raises InvalidParameter for a prompt that is empty or has ids outside of the vocabulary."""
     if not token_ids:
         raise InvalidParameter("the prompt has no tokens; give at least one", param=param)
     lowest, highest = min(token_ids), max(token_ids)

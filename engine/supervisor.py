@@ -47,7 +47,7 @@ class Listener(Protocol):
 
     def engine_ready(self, ready: ipc.Ready) -> None: ...
 
-    def engine_message(self, message: ipc.Outputs | ipc.Rejected) -> None: ...
+    def engine_message(self, message: ipc.Outputs | ipc.Rejected | ipc.ControlReply) -> None: ...
 
     def engine_lost(self) -> None:
         """The process ended or is about to be killed; no message of this one follows."""
@@ -71,7 +71,11 @@ class Supervisor:
         self._fatal: ipc.Fatal | None = None
         self._ended_because: str | None = None
         self._num_silent_checks = 0
+        self._awake = asyncio.Event()
+        self._awake.set()
+        self._is_paused = False
         self.num_starts = 0
+        self.num_resumes = 0
         self.last_heard_s = time.monotonic()  # when the engine last sent anything
         self._step_s = 0.0
 
@@ -85,6 +89,9 @@ class Supervisor:
         crashes: deque[float] = deque(maxlen=MAX_CRASHES)
         detail = "the engine process starts"
         while not self._stopping.is_set():
+            await self._awake.wait()
+            if self._stopping.is_set():
+                return
             self._listener.engine_starting(detail)
             try:
                 reason = await self._run_once()
@@ -92,6 +99,10 @@ class Supervisor:
                 reason = f"it could not be started: {error.strerror}"
             if self._stopping.is_set():
                 return
+            if self._is_paused:
+                self._is_paused = False
+                detail = "the engine process starts"
+                continue
             if self._fatal is not None and self._fatal.is_config:
                 self._listener.engine_failed(self._fatal.message)
                 return
@@ -115,9 +126,23 @@ class Supervisor:
         self._writer.write(ipc.encode(message))
         return True
 
+    async def pause(self) -> None:
+        """Ends the process, by force after a moment, and starts none until `resume`."""
+        self._is_paused = True
+        self._awake.clear()
+        self.send(ipc.Shutdown())
+        if self._process is not None:
+            await _end(self._process)
+
+    def resume(self) -> None:
+        """Takes back a `pause`."""
+        self.num_resumes += 1
+        self._awake.set()
+
     async def stop(self) -> None:
         """Ends the process, by force after a moment. `run` returns after it."""
         self._stopping.set()
+        self._awake.set()
         self.send(ipc.Shutdown())
         process = self._process
         if process is not None:
@@ -279,5 +304,5 @@ def _kill(process: asyncio.subprocess.Process) -> None:
 
 def _without_secrets(config: Config) -> Config:
     """The engine needs no keys."""
-    server = dataclasses.replace(config.server, api_keys=(), api_key_file=None)
+    server = dataclasses.replace(config.server, api_keys=(), api_key_file=None, admin_api_keys=())
     return dataclasses.replace(config, server=server)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -39,10 +40,59 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: int = 0  # always concrete here; the client draws one when the user gave none
     logprobs: int | None = None  # top alternatives per output token; 0 is the chosen token alone
     prompt_logprobs: int | None = None  # the same for prompt tokens; bypasses prefix-cache reads
+    thinking: ThinkingBudget | None = None
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+ConstraintKind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "structural_tag"]
+
+
+class Constraint(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What an output must look like, as the user wrote it."""
+
+    kind: ConstraintKind
+    value: str = ""  # JSON text of a schema, of choices or of a structural tag; a pattern; a Lark or GBNF grammar
+    whitespace: str | None = None  # pattern between JSON tokens; "" is none at all; None is a bounded amount
+    param: str = "response_format"  # the field to name in errors
+
+
+class CompiledConstraint(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A constraint that has been checked, as the engine builds its matchers from it."""
+
+    grammar: str  # for llguidance
+    after: str = ""  # applies to what follows the first occurrence of this text in the output
+
+
+class ThinkingBudget(msgspec.Struct, frozen=True, omit_defaults=True):
+    """After `max_tokens` outputs of thinking without its end, the next outputs are `forced_ids`."""
+
+    max_tokens: int
+    start_ids: tuple[int, ...]  # thinking begins behind these outputs; empty: with the first output
+    end_id: int  # thinking is over
+    forced_ids: tuple[int, ...]  # `end_id` is among them
+    must_answer: bool = False  # the output may not end inside of the thinking
+
+
+PoolingTask = Literal["embed", "token_embed", "classify"]
+PoolingMethod = Literal["last", "mean", "cls", "weighted", "head"]
+
+
+class PoolingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is made of a prompt's hidden states in place of output tokens. Every value is concrete here."""
+
+    task: PoolingTask = "embed"
+    method: PoolingMethod = "last"  # weighted: mean with weights 1, 2, 3, ...; head: the encoder's own trained pooler
+    activate: bool = True  # embeddings are scaled to length one, class scores become probabilities
+    dimensions: int | None = None  # leading numbers of an embedding to keep, before it is scaled
+    num_first_tokens: int = 0  # of a pair of texts: tokens of the first, its special tokens included; 0: one text
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Whether it takes more than the last token's hidden state, so that no token may come from the prefix cache."""
+        return self.task == "token_embed" or self.method != "last"
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -58,6 +108,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     deadline_s: float | None = None  # seconds from arrival in the core until the request is ended
     kv_policy: dict[str, Any] | None = None  # cache compression choice; refused at admission: there is none yet
     speculative: dict[str, Any] | None = None  # drafting choice; likewise
+    constraint: CompiledConstraint | None = None
+    pooling: PoolingParams | None = None  # the request ends after its prompt, with a pooled output and no token
+    adapter: str = ""  # key of a loaded low-rank adapter (`AdapterInfo.key`); "" is the base model
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -82,11 +135,57 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     logprobs: list[TokenLogprob] | None = None  # one per token id, when asked for
     prompt_logprobs: list[TokenLogprob | None] | None = None  # once, with the first output of choice 0
     num_cached_tokens: int | None = None  # prompt tokens served by the prefix cache; once, with the first output
+    cache_miss: str | None = None  # why not all that could be: see engine.scheduling.prefix_cache.MISS_REASONS; once
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the id that ended it, when one did
     error: str | None = None  # for "error": one of the `code`s of engine.errors
     queued_s: float | None = None  # arrival to first scheduling; with the first output
     num_preemptions: int = 0  # with the final output
+    pooled: bytes | None = None  # float32 little-endian, row by row; the whole output of a pooling request
+    pooled_shape: tuple[int, ...] = ()
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """A piece of one tool call. `id` and `name` come once, with the first piece of an index."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""  # JSON text; the pieces joined are the whole
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """What a piece of output means. The deltas of a stream joined are the whole answer."""
+
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+
+    @staticmethod
+    def join(deltas: Sequence[Delta]) -> Delta:
+        """Several in a row as one, with one piece per call."""
+        if len(deltas) == 1:
+            return deltas[0]
+        calls: dict[int, list[ToolCallDelta]] = {}
+        for delta in deltas:
+            for call in delta.tool_calls:
+                calls.setdefault(call.index, []).append(call)
+        return Delta(
+            content="".join([delta.content for delta in deltas]),
+            reasoning="".join([delta.reasoning for delta in deltas]),
+            tool_calls=tuple(
+                ToolCallDelta(index, parts[0].id, parts[0].name, "".join([part.arguments for part in parts]))
+                for index, parts in calls.items()
+            ),
+        )
+
+
+class OutputParsing(msgspec.Struct, frozen=True, kw_only=True):
+    """What to tell from content in a chat answer. The formats are the model's, see `engine.text.parsers`."""
+
+    tools: tuple[dict[str, Any], ...] = ()  # function tools; without any, calls are not looked for
+    has_reasoning: bool = True  # tell thinking from content
+    tool_parser: str = ""  # by name, where a constraint makes calls come in another form than the model's own
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,6 +193,8 @@ class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True):
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    template: str | None = None  # in place of the model's
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template_kwargs: dict[str, Any] = {}
@@ -112,15 +213,75 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     bad_words: tuple[str, ...] = ()
     add_special_tokens: bool = True  # for text prompts; templates bring their own
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] = "left"  # where tokens are dropped
     num_choices: int = 1
     priority: int = 0
     tenant: str = ""
     cache_salt: str = ""
     deadline_s: float | None = None
     client_request_id: str = ""  # a label for logs
+    constraint: Constraint | None = None
+    constraint_after: str | None = None  # the text, for instance </think>, after which the constraint applies
+    adapter: str = ""  # name of a low-rank adapter; "" is the base model
     prompt_param: str = "prompt"  # which field to name in errors about the prompt
+    parsing: OutputParsing | None = None  # None: the text is the answer
+    max_thinking_tokens: int | None = None  # then the thinking is ended; for chat prompts
     kv_policy: dict[str, Any] | None = None
     speculative: dict[str, Any] | None = None
+
+
+class TextPair(msgspec.Struct, frozen=True, kw_only=True):
+    """Two texts that a cross-encoder reads together."""
+
+    first: str
+    second: str
+    max_second_tokens: int | None = None  # the second text is cut to so many
+
+
+class PoolingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A pooling request as the server sees it. What is None is the model's own choice."""
+
+    prompt: str | list[int] | ChatPrompt | TextPair
+    task: PoolingTask = "embed"
+    activate: bool | None = None
+    dimensions: int | None = None
+    add_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None  # -1: to what the model takes; special tokens are kept
+    truncation_side: Literal["left", "right"] = "right"  # where tokens are dropped
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+    deadline_s: float | None = None
+    client_request_id: str = ""  # a label for logs
+    prompt_param: str = "input"  # which field to name in errors about the prompt
+    adapter: str = ""  # name of a low-rank adapter; "" is the base model
+
+
+class PooledOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to a PoolingRequest: float32 little-endian numbers, row by row."""
+
+    data: bytes
+    shape: tuple[int, ...]
+    num_prompt_tokens: int
+    num_cached_tokens: int = 0
+    queued_s: float | None = None
+    num_preemptions: int = 0
+
+
+class PoolingInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model offers beside, or in place of, generating text."""
+
+    tasks: list[PoolingTask]
+    method: PoolingMethod  # of embeddings
+    normalize: bool  # embeddings have length one unless a request asks otherwise
+    embedding_size: int
+    matryoshka: bool = False  # embeddings may be cut to any length
+    matryoshka_dimensions: list[int] = []  # or to these
+    labels: list[str] = []  # of the classifier
+    activation: Literal["sigmoid", "softmax", "identity"] = "identity"  # of its scores
+    prompts: dict[str, str] = {}  # name -> text that goes before an input
+    default_prompt: str = ""  # the name of the one for inputs that name none; "" is none
+    source: str = ""  # where the pooler comes from, for the start-up report
 
 
 class LogprobEntry(msgspec.Struct, frozen=True):
@@ -145,12 +306,57 @@ class TextOutput(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None = None  # stop string or stop token id that fired; None on end-of-sequence
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    cache_miss: str | None = None  # as in TokenOutput
     num_output_tokens: int = 0  # so far, of this choice
+    num_reasoning_tokens: int = 0  # those of them that were thinking, its markers included
+    delta: Delta | None = None  # what `text` means, when parsing was asked for
     prompt_token_ids: list[int] | None = None  # with the first output of a choice
     prompt_logprobs: list[LogprobEntry | None] | None = None
     error: str | None = None
     queued_s: float | None = None  # as in TokenOutput: with the first output
     num_preemptions: int = 0  # as in TokenOutput: with the final output
+
+    @property
+    def size_bytes(self) -> int:
+        """About how much the piece will take on the wire, without its frame."""
+        size = len(self.text) + 8 * len(self.token_ids)
+        if self.logprobs:
+            size += sum(64 * (1 + len(entry.top)) for entry in self.logprobs)
+        return size
+
+    @staticmethod
+    def join(outputs: Sequence[TextOutput]) -> TextOutput:
+        """Several of one choice, in a row, as one."""
+        if len(outputs) == 1:
+            return outputs[0]
+        first, last = outputs[0], outputs[-1]
+        logprobs = None
+        if any(output.logprobs is not None for output in outputs):
+            logprobs = [entry for output in outputs for entry in output.logprobs or ()]
+        return msgspec.structs.replace(
+            last,
+            text="".join([output.text for output in outputs]),
+            token_ids=[token_id for output in outputs for token_id in output.token_ids],
+            logprobs=logprobs,
+            delta=None if last.delta is None else Delta.join([output.delta for output in outputs if output.delta]),
+            num_prompt_tokens=max(output.num_prompt_tokens for output in outputs),
+            num_cached_tokens=max(output.num_cached_tokens for output in outputs),
+            prompt_token_ids=first.prompt_token_ids,
+            prompt_logprobs=first.prompt_logprobs,
+            queued_s=first.queued_s,
+            cache_miss=first.cache_miss,
+        )
+
+
+class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One loaded low-rank adapter."""
+
+    name: str
+    key: str  # of this version: another content has another key
+    path: str  # as the operator gave it
+    rank: int
+    num_bytes: int
+    created_s: int = 0  # seconds since the epoch
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,16 +371,20 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_layers: int
     block_size: int  # tokens per cache block
     num_blocks: int
+    max_pinned_blocks: int = 0  # those of them that no request can count on
     kv_cache_bytes: int
     weight_bytes: int
     eos_token_ids: list[int]
     kernels: dict[str, str] = {}  # op -> implementation, for the start-up report
     generation_defaults: dict[str, Any] = {}  # from generation_config.json
+    can_generate: bool = True  # False: an encoder, or a checkpoint without a language head
+    pooling: PoolingInfo | None = None  # None: it only generates
+    adapters: list[AdapterInfo] = []  # loaded at start
 
     @property
     def kv_cache_tokens(self) -> int:
         """What requests can hold: block 0 is the null block."""
-        return (self.num_blocks - 1) * self.block_size
+        return (self.num_blocks - 1 - self.max_pinned_blocks) * self.block_size
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

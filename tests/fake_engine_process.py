@@ -11,8 +11,9 @@ import sys
 import time
 
 from engine.config import Config
+from engine.control import Payload
 from engine.core import EngineCore
-from engine.errors import ConfigError
+from engine.errors import ConfigError, InvalidParameter
 from engine.launch import Progress
 from engine.process import main
 from engine.scheduling.plan import StepPlan, StepResult
@@ -69,7 +70,20 @@ def build(config: Config, progress: Progress) -> tuple[EngineCore, ModelInfo]:
         weight_bytes=0,
         eos_token_ids=[EOS],
     )
-    return EngineCore(scheduler, runner), info
+    core = EngineCore(scheduler, runner)
+    core.controls.add("echo", lambda payload: payload)
+    core.controls.add("refuse", _refuse)
+    core.controls.add("fail", _fail)
+    core.controls.add("die", lambda payload: os._exit(3))
+    return core, info
+
+
+def _refuse(payload: Payload) -> Payload:
+    raise InvalidParameter("no such thing", param="thing")
+
+
+def _fail(payload: Payload) -> Payload:
+    raise RuntimeError("a bug in an action")
 
 
 if __name__ == "__main__":

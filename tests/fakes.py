@@ -35,6 +35,7 @@ class FakeRow:
     token_ids: list[int]
     block_ids: list[int]
     hashes: list[int] = field(default_factory=list)  # what each slot must contain, strict mode only
+    num_pooled: int = 0  # prompt tokens that a pooling row has seen
 
 
 class FakeRunner:
@@ -107,6 +108,8 @@ class FakeRunner:
             if position + 1 < row.new.num_prompt_tokens:
                 prompt_logprobs.append(_logprob(row.token_ids[position + 1], history))
         sampling = row.new.sampling
+        if row.new.pooling is not None:
+            return self._pool(row, chunk, history)
         told = tuple(prompt_logprobs) if sampling.prompt_logprobs is not None else None
         if not chunk.is_sampling:
             return ChunkResult(prompt_logprobs=told)
@@ -118,6 +121,17 @@ class FakeRunner:
         row.token_ids.append(token_id)
         logprobs = (_logprob(token_id, history),) if sampling.logprobs is not None else None
         return ChunkResult(token_ids=(token_id,), logprobs=logprobs, prompt_logprobs=told)
+
+    def _pool(self, row: FakeRow, chunk: Chunk, history: int) -> ChunkResult:
+        """The result is the hash of the prompt. A method that needs all tokens must see the prompt from its start."""
+        assert row.new.pooling is not None
+        if row.new.pooling.needs_all_tokens:
+            if chunk.start != row.num_pooled:
+                raise ContractViolation(f"{chunk} after {row.num_pooled} pooled tokens of {row.new}")
+            row.num_pooled += chunk.num_tokens
+        if chunk.start + chunk.num_tokens < row.new.num_prompt_tokens:
+            return ChunkResult()
+        return ChunkResult(pooled=(history.to_bytes(8, "little"), (2,)))
 
     def choose(self, history: int, request_id: str, choice: int, output_index: int, sampling: SamplingParams) -> int:
         """The token that follows a history, a pure function of its arguments. Honours `min_tokens`."""
@@ -143,7 +157,7 @@ class FakeRunner:
         num_blocks = len(set(row.block_ids) - {0})
         is_legal = (
             0 <= chunk.start < end <= num_tokens
-            and chunk.is_sampling == (end == num_tokens)
+            and chunk.is_sampling == (end == num_tokens and row.new.pooling is None)
             and chunk.output_index == num_tokens - row.new.num_prompt_tokens
             and len(row.block_ids) == num_blocks == -(-end // self.block_size)
         )

@@ -264,7 +264,7 @@ async def test_strict_servers_refuse_instead_of_cutting(start: Start) -> None:
 
 @shared
 async def test_bad_words_reach_the_core_with_and_without_a_space(engine: AsyncEngine) -> None:
-    words = await engine._text().bad_words(["user", " the"])
+    words = await engine._text().encoder.bad_words(["user", " the"])
     texts = {await engine.detokenize(list(word)) for word in words}
     assert texts == {"user", " user", " the"}
 
@@ -537,7 +537,7 @@ async def test_stopping_lets_running_requests_finish_and_leaves_nothing_behind(
     engine = await start()
     assert list(tmp_path.iterdir()) == [], "the socket's folder is gone once it is used"
     processes = set(psutil.Process().children(recursive=True)) - others
-    assert len(processes) == 2, "engine and template child"
+    assert len(processes) in (2, 3), "the engine, the worker for templates, and that for grammars, which starts last"
     task = asyncio.create_task(collect(engine, request(max_tokens=20)))
     await until(lambda: engine.stats.num_running == 1)
     stopping = asyncio.create_task(engine.stop(10.0))
@@ -603,6 +603,6 @@ def test_children_leave_when_the_front_end_is_killed() -> None:
         front_end.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             front_end.wait(5)
-    assert len(started) == 2
+    assert len(started) in (2, 3), "the engine, the worker for templates, and that for grammars, which starts last"
     _, alive = psutil.wait_procs(started, timeout=5.0)
     assert alive == []

@@ -25,6 +25,7 @@ TO_ENGINE = [
     ipc.AddRequest(REQUEST),
     ipc.Abort("r1"),
     ipc.Abort("r1", 3),
+    ipc.Control(4, "cache.pin", {"ids": [1, 2], "ttl_s": 1.5, "all": None}),
     ipc.Shutdown(),
 ]
 FROM_ENGINE = [
@@ -36,6 +37,8 @@ FROM_ENGINE = [
     ),
     ipc.Heartbeat(3, 0.25),
     ipc.Rejected("r2", "queue_full", "full", 5),
+    ipc.ControlReply(4, {"pinned": 3}),
+    ipc.ControlReply(5, code="invalid_value", message="no", param="ids"),
     ipc.Fatal("no memory", True),
 ]
 

@@ -13,11 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What `server` may import of the engine.
 SERVER_MAY_USE = {
+    "engine.batching.memory",
+    "engine.batching.ordering",
     "engine.client",
     "engine.config",
     "engine.config_load",
     "engine.errors",
     "engine.launch",
+    "engine.logs",
     "engine.metrics",
     "engine.sampling_params",
     "engine.types",

@@ -7,12 +7,34 @@ computes and not what the contexts hold.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.scheduling.plan import Chunk, NewRow
+
+# Columns that a batch's table has beyond the need, so that growing contexts do not copy it again at every block.
+SPARE_BLOCKS = 16
+
+
+class StepTensors(NamedTuple):
+    """A step's tokens: row r's are [cu_seqlens_q[r], cu_seqlens_q[r + 1])."""
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64
+    cu_seqlens_q: Tensor  # [R + 1] int32
+    seq_lens: Tensor  # [R] int32
+
+
+class Gathered(NamedTuple):
+    """What `RowTable.gather` finds. A later call may write into the same memory."""
+
+    tensors: StepTensors  # on the CPU
+    max_seqlen_q: int
+    max_seq_len: int
 
 
 class RowTable:
@@ -21,16 +43,19 @@ class RowTable:
     Shape letters: T tokens of a step, R rows of a step, MB blocks of a table.
     """
 
-    def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:
+    def __init__(self, num_rows: int, max_model_len: int, block_size: int, device: torch.device | str = "cpu") -> None:
+        """device: where the batch's block table is kept."""
         self._block_size = block_size
         max_blocks = -(-max_model_len // block_size) + 1
         # calloc'ed: pages that no request reaches are never touched
         self._token_ids = np.zeros((num_rows, max_model_len + 1), dtype=np.int32)
         self._tables = np.zeros((num_rows, max_blocks), dtype=np.int32)
-        self._num_blocks = np.zeros(num_rows, dtype=np.int64)
-        self._num_prompt_tokens = np.zeros(num_rows, dtype=np.int64)
-        self._batch_rows: tuple[int, ...] = ()
-        self._batch_table = np.zeros((0, 0), dtype=np.int32)
+        self._token_at = self._token_ids.data  # single entries: several times faster than through numpy
+        self._block_at = self._tables.data
+        self._num_blocks = [0] * num_rows
+        self._num_prompt_tokens = [0] * num_rows
+        self._decode = _DecodeBuffers(num_rows)
+        self._batch = _BatchTable(torch.device(device))
 
     def add(self, new: NewRow) -> None:
         count = len(new.token_ids)
@@ -39,61 +64,154 @@ class RowTable:
         blocks = len(new.block_ids)
         self._tables[new.row, :blocks] = new.block_ids
         self._num_blocks[new.row] = blocks
-        self._batch_rows = ()
+        self._batch.forget(new.row)
 
     def append_blocks(self, row: int, block_ids: Sequence[int]) -> None:
         """Extends a row's table. Doing it twice is harmless, so that a failed step can be run again."""
-        count, end = len(block_ids), int(self._num_blocks[row])
-        if count == 0 or (end >= count and tuple(self._tables[row, end - count : end].tolist()) == tuple(block_ids)):
+        if not block_ids:
             return
-        self._tables[row, end : end + count] = block_ids
+        count, end = len(block_ids), self._num_blocks[row]
+        known = range(max(0, end - count), end)
+        if [self._block_at[row, index] for index in known] == list(block_ids):
+            return
         self._num_blocks[row] = end + count
-        if row not in self._batch_rows:
-            return
-        if end + count <= self._batch_table.shape[1]:
-            self._batch_table[self._batch_rows.index(row), end : end + count] = block_ids
-        else:
-            self._batch_rows = ()
+        for index, block_id in enumerate(block_ids, start=end):
+            self._block_at[row, index] = block_id
+            self._batch.set(row, index, block_id)
 
     def edit_block(self, row: int, index: int, block_id: int) -> None:
         """Puts another block with the same content at `index` of a row's table."""
         self._tables[row, index] = block_id
-        self._batch_rows = ()
+        self._batch.set(row, index, block_id)
 
     def set_token(self, row: int, output_index: int, token_id: int) -> None:
         """Records the chosen token number `output_index` of a row."""
-        self._token_ids[row, self._num_prompt_tokens[row] + output_index] = token_id
+        self._token_at[row, self._num_prompt_tokens[row] + output_index] = token_id
+
+    def num_free(self, row: int, output_index: int) -> int:
+        """How many more tokens the row can hold after the chosen token number `output_index`."""
+        return self._token_ids.shape[1] - self._num_prompt_tokens[row] - output_index - 1
 
     def tokens(self, row: int, start: int, end: int) -> np.ndarray:
         """Token ids [start, end) of a row, int32."""
         return self._token_ids[row, start:end]
 
     def num_prompt_tokens(self, row: int) -> int:
-        return int(self._num_prompt_tokens[row])
+        return self._num_prompt_tokens[row]
 
-    def gather(self, chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Token ids, positions and slots [T] int64, and lengths of the chunks [R] int64."""
-        rows = np.fromiter((chunk.row for chunk in chunks), np.int64, len(chunks))
-        starts = np.fromiter((chunk.start for chunk in chunks), np.int64, len(chunks))
-        lengths = np.fromiter((chunk.num_tokens for chunk in chunks), np.int64, len(chunks))
-        if int(lengths.sum()) == len(chunks):  # pure decode: one token each
-            token_rows, positions = rows, starts
-        else:
-            ends = np.cumsum(lengths)
-            token_rows = np.repeat(rows, lengths)
-            positions = np.arange(ends[-1]) - np.repeat(ends - lengths - starts, lengths)
-        token_ids = self._token_ids[token_rows, positions].astype(np.int64)
-        blocks = self._tables[token_rows, positions // self._block_size].astype(np.int64)
-        slots = blocks * self._block_size + positions % self._block_size
-        return token_ids, positions, slots, lengths
+    def gather(self, chunks: Sequence[Chunk]) -> Gathered:
+        """The tokens that the chunks compute, and where their keys and values go."""
+        for chunk in chunks:
+            if chunk.num_tokens != 1:
+                return self._gather_ragged(chunks)
+        return self._gather_decode(chunks)
+
+    def _gather_decode(self, chunks: Sequence[Chunk]) -> Gathered:
+        """One token each: entry by entry into memory that is kept, which for a few rows beats every array operation."""
+        buffers, block_size = self._decode, self._block_size
+        max_seq_len = 0
+        for i, chunk in enumerate(chunks):
+            row, position = chunk.row, chunk.start
+            buffers.token_ids[i] = self._token_at[row, position]
+            buffers.positions[i] = position
+            buffers.slots[i] = self._block_at[row, position // block_size] * block_size + position % block_size
+            buffers.seq_lens[i] = position + 1
+            if position >= max_seq_len:
+                max_seq_len = position + 1
+        return Gathered(buffers.first(len(chunks)), 1, max_seq_len)
+
+    def _gather_ragged(self, chunks: Sequence[Chunk]) -> Gathered:
+        rows = np.array([chunk.row for chunk in chunks])
+        starts = np.array([chunk.start for chunk in chunks])
+        lengths = np.array([chunk.num_tokens for chunk in chunks])
+        ends = np.cumsum(lengths)
+        token_rows = np.repeat(rows, lengths)
+        positions = np.arange(ends[-1]) - np.repeat(ends - lengths - starts, lengths)
+        index, offset = np.divmod(positions, self._block_size)
+        slots = self._tables[token_rows, index] * np.int64(self._block_size) + offset
+        seq_lens = starts + lengths
+        tensors = StepTensors(
+            token_ids=torch.from_numpy(self._token_ids[token_rows, positions].astype(np.int64)),
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(slots),
+            cu_seqlens_q=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
+            seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
+        )
+        return Gathered(tensors, int(lengths.max()), int(seq_lens.max()))
 
     def block_table(self, rows: Sequence[int], max_len: int) -> Tensor:
-        """[R, MB] int32 with room for `max_len` tokens. Copied only when the rows of the step change."""
-        key = tuple(rows)
+        """[R, MB] int32 on the device, with room for `max_len` tokens: what was there before where rows are the same.
+
+        Only changed entries go to the device then; a later call may change the returned tensor.
+        """
         width = -(-max_len // self._block_size)
-        if key != self._batch_rows or width > self._batch_table.shape[1]:
-            # some room beyond the need, so that growing contexts do not copy again at every block
-            width = min(width + 16, self._tables.shape[1])
-            self._batch_table = self._tables[list(key), :width]
-            self._batch_rows = key
-        return torch.from_numpy(self._batch_table)
+        return self._batch.get(rows, width, self._tables)
+
+
+class _DecodeBuffers:
+    """Memory of the tensors of steps in which every row computes one token, and their views by number of rows."""
+
+    def __init__(self, num_rows: int) -> None:
+        token_ids, positions, slots = (torch.zeros(num_rows, dtype=torch.int64) for _ in range(3))
+        seq_lens = torch.zeros(num_rows, dtype=torch.int32)
+        one_each = torch.arange(num_rows + 1, dtype=torch.int32)
+        self._tensors = StepTensors(token_ids, positions, slots, one_each, seq_lens)
+        self.token_ids, self.positions, self.slots = token_ids.numpy().data, positions.numpy().data, slots.numpy().data
+        self.seq_lens = seq_lens.numpy().data
+        self._firsts: dict[int, StepTensors] = {}
+
+    def first(self, num_rows: int) -> StepTensors:
+        """What belongs to the first rows."""
+        found = self._firsts.get(num_rows)
+        if found is None:
+            token_ids, positions, slots, one_each, seq_lens = self._tensors
+            found = self._firsts[num_rows] = StepTensors(
+                token_ids[:num_rows],
+                positions[:num_rows],
+                slots[:num_rows],
+                one_each[: num_rows + 1],
+                seq_lens[:num_rows],
+            )
+        return found
+
+
+class _BatchTable:
+    """The block table of the rows that ran last, on the device; written anew only when rows come, go or move."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._is_shared = device.type == "cpu"  # host and device see the same memory
+        self._rows: list[int] = []
+        self._places: dict[int, int] = {}  # row -> place in the batch
+        self._on_host = np.empty((0, 0), dtype=np.int32)
+        self._on_device = torch.empty(0, 0, dtype=torch.int32)
+        self._edits: dict[tuple[int, int], int] = {}  # (place, index) -> block id that the device does not have yet
+
+    def forget(self, row: int) -> None:
+        """The row has a new table."""
+        if row in self._places:
+            self._rows = []
+            self._places = {}
+
+    def set(self, row: int, index: int, block_id: int) -> None:
+        place = self._places.get(row)
+        if place is None or index >= self._on_host.shape[1]:
+            return  # the table is written anew before the entry is needed
+        self._on_host[place, index] = block_id
+        if not self._is_shared:
+            self._edits[place, index] = block_id
+
+    def get(self, rows: Sequence[int], width: int, tables: np.ndarray) -> Tensor:
+        rows = list(rows)
+        if rows != self._rows or width > self._on_host.shape[1]:
+            self._on_host = tables[rows, : min(width + SPARE_BLOCKS, tables.shape[1])]
+            self._on_device = torch.from_numpy(self._on_host).to(self._device, copy=not self._is_shared)
+            self._rows = rows
+            self._places = {row: place for place, row in enumerate(rows)}
+            self._edits = {}
+        elif self._edits:
+            entries = torch.tensor([(*place, block_id) for place, block_id in self._edits.items()])
+            places, indices, block_ids = entries.to(self._device).unbind(1)
+            self._on_device[places, indices] = block_ids.to(torch.int32)
+            self._edits = {}
+        return self._on_device

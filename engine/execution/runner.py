@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 import kernels
-from engine.errors import EngineDead, NumericalError
+from engine.errors import EngineDead, NumericalError, SchemaTooComplex
+from engine.execution.adapters import RowAdapters
 from engine.execution.batch import build_batch
+from engine.execution.constraints import RowConstraints
 from engine.execution.logprobs import prompt_logprobs
+from engine.execution.pooling import PoolingRows
 from engine.execution.rows import RowTable
 from engine.execution.sampler import Sampler
 from engine.models.batch import KVCache, Model
@@ -23,18 +26,33 @@ from engine.types import SamplingParams, TokenLogprob
 
 # Rows of logits held at once for prompt logprobs: bounds the memory that one long prompt can ask for.
 PROMPT_LOGITS_ROWS = 64
+NO_CHOICE = ChunkResult()
 
 
 class ModelRunner:
     """One model, its KV pool and the state of the rows that run on it."""
 
-    def __init__(self, model: Model, cache: KVCache, sampler: Sampler, rows: RowTable, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        sampler: Sampler,
+        rows: RowTable,
+        constraints: RowConstraints,
+        device: torch.device,
+        adapters: RowAdapters | None = None,
+        pooling: PoolingRows | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
         self._sampler = sampler
         self._rows = rows
+        self._constraints = constraints
+        self._adapters = adapters
+        self._pooling = pooling
         self._device = device
         self._params: dict[int, SamplingParams] = {}
+        self._special_rows: set[int] = set()  # prompt log-probabilities, constraint or pooling
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -52,23 +70,65 @@ class ModelRunner:
         if not plan.chunks:
             return StepResult()
         batch = build_batch(plan.chunks, self._rows, self.cache.k.shape[2], self._device)
+        if self._adapters is not None:
+            batch = self._adapters.add_to(batch, plan.chunks)
         hidden = self.model.forward(batch, self.cache)  # [T, C]
+        if self._is_plain(plan.chunks):
+            return self._choose_plain(plan.chunks, hidden)
         return self._choose(plan.chunks, hidden)
+
+    def _is_plain(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether all chunks are one decoded token of a row that wants nothing but its next token."""
+        for chunk in chunks:
+            if chunk.num_tokens != 1 or not chunk.is_sampling or chunk.row in self._special_rows:
+                return False
+        return True
+
+    def _choose_plain(self, chunks: Sequence[Chunk], hidden: Tensor) -> StepResult:
+        """What `_choose` does, for the steps that are most of a server's life: hidden [T, C] is that of the choices."""
+        logits = self.model.logits(hidden)
+        started = time.perf_counter()
+        rows = [chunk.row for chunk in chunks]
+        output_indices = [chunk.output_index for chunk in chunks]
+        chosen = self._sampler.sample(logits, rows, output_indices)
+        results = []
+        for i, (row, output_index, token_id) in enumerate(zip(rows, output_indices, chosen.token_ids, strict=True)):
+            if token_id < 0:
+                results.append(ChunkResult(error=chosen.errors[i]))
+                continue
+            self._rows.set_token(row, output_index, token_id)
+            logprobs = chosen.logprobs[i] if chosen.logprobs is not None else None
+            results.append(ChunkResult((token_id,), logprobs=None if logprobs is None else (logprobs,)))
+        return StepResult(chunks=tuple(results), sampler_s=time.perf_counter() - started)
 
     def _apply(self, plan: StepPlan) -> None:
         for row in plan.freed_rows:
             if self._params.pop(row, None) is not None:
                 self._sampler.remove_row(row)
+                self._constraints.remove_row(row)
+                if self._pooling is not None:
+                    self._pooling.remove(row)
         for new in plan.new_rows:
             self._rows.add(new)
             self._params[new.row] = new.sampling
+            self._special_rows.discard(new.row)
+            if new.sampling.prompt_logprobs is not None or new.constraint is not None or new.pooling is not None:
+                self._special_rows.add(new.row)
+            if self._adapters is not None:
+                self._adapters.add_row(new.row, new.adapter)
             self._sampler.add_row(new.row, new.sampling, new.choice, new.token_ids, new.num_prompt_tokens)
+            if new.constraint is not None:
+                self._constraints.add_row(new.row, new.constraint, new.token_ids[new.num_prompt_tokens :], new.sampling)
+            if new.pooling is not None:
+                assert self._pooling is not None, "the front end knows what the model offers"
+                self._pooling.add(new.row, new.pooling)
         for row, index, block_id in plan.table_edits:
             self._rows.edit_block(row, index, block_id)
         if plan.block_copies:
             kernels.copy_blocks(self.cache.k, self.cache.v, torch.tensor(plan.block_copies, dtype=torch.int64))
         for chunk in plan.chunks:
-            self._rows.append_blocks(chunk.row, chunk.new_block_ids)
+            if chunk.new_block_ids:
+                self._rows.append_blocks(chunk.row, chunk.new_block_ids)
 
     def _choose(self, chunks: Sequence[Chunk], hidden: Tensor) -> StepResult:
         ends = []
@@ -82,11 +142,20 @@ class ModelRunner:
             for i, chunk in enumerate(chunks)
             if self._params[chunk.row].prompt_logprobs is not None and i not in broken
         }
-        sampling = [i for i, chunk in enumerate(chunks) if chunk.is_sampling and i not in broken]
-        results = [
-            ChunkResult(error=NumericalError.code) if i in broken else ChunkResult(prompt_logprobs=prompt.get(i))
-            for i in range(len(chunks))
-        ]
+        asking = [i for i, chunk in enumerate(chunks) if chunk.is_sampling and i not in broken]
+        waiting = self._constraints.waiting([chunks[i].row for i in asking])
+        sampling = [i for i in asking if chunks[i].row not in waiting]
+        results = [NO_CHOICE] * len(chunks)
+        for i, chunk in enumerate(chunks):
+            if i in broken:
+                results[i] = ChunkResult(error=NumericalError.code)
+            elif i in prompt or chunk.row in waiting:
+                results[i] = ChunkResult(prompt_logprobs=prompt.get(i), is_deferred=chunk.row in waiting)
+        if self._pooling:
+            for i, chunk in enumerate(chunks):
+                if chunk.row in self._pooling and i not in broken:
+                    own = hidden[ends[i] - chunk.num_tokens : ends[i]]
+                    results[i] = self._pooling.take(chunk, own, self._rows.num_prompt_tokens(chunk.row))
         if not sampling:
             return StepResult(chunks=tuple(results))
         last = torch.tensor([ends[i] - 1 for i in sampling], dtype=torch.int64, device=self._device)
@@ -94,19 +163,32 @@ class ModelRunner:
         started = time.perf_counter()
         rows = [chunks[i].row for i in sampling]
         output_indices = [chunks[i].output_index for i in sampling]
-        chosen = self._sampler.sample(logits, rows, output_indices)
+        chosen = self._sampler.sample(logits, rows, output_indices, self._constraints.bitmask(rows))
         for k, i in enumerate(sampling):
-            error = chosen.errors[k]
-            if error is None:
-                self._rows.set_token(rows[k], output_indices[k], chosen.token_ids[k])
+            error = SchemaTooComplex.code if rows[k] in self._constraints.failed else chosen.errors[k]
+            token_ids = self._record(rows[k], output_indices[k], chosen.token_ids[k]) if error is None else ()
             logprobs = chosen.logprobs[k] if chosen.logprobs is not None else None
             results[i] = ChunkResult(
-                token_ids=(chosen.token_ids[k],) if error is None else (),
+                token_ids=token_ids,
                 logprobs=(logprobs,) if logprobs is not None else None,
                 prompt_logprobs=prompt.get(i),
                 error=error,
             )
+        self._constraints.follow(rows)
         return StepResult(chunks=tuple(results), sampler_s=time.perf_counter() - started)
+
+    def _record(self, row: int, output_index: int, token_id: int) -> tuple[int, ...]:
+        """Writes a chosen token and what its constraint forces after it into the row. Returns them."""
+        self._rows.set_token(row, output_index, token_id)
+        forced = self._constraints.advance(row, token_id)
+        if not forced:
+            return (token_id,)
+        # what does not fit is not missed: the request is over then
+        forced = forced[: self._rows.num_free(row, output_index)]
+        for i, forced_id in enumerate(forced, start=output_index + 1):
+            self._rows.set_token(row, i, forced_id)
+            self._sampler.commit([row], [forced_id])
+        return (token_id, *forced)
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> tuple[TokenLogprob, ...]:
         """Log-probabilities of prompt positions start + 1 .. start + num_tokens, as far as the prompt goes."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from kernels.sampling import GREEDY_BELOW
 
 # What a row needs beyond the argmax, as bits, so that one reduction tells what a batch needs.
 _NOISE, _TOP_K, _TOP_P, _MIN_P, _TYPICAL_P, _PENALTIES, _MASK, _LOGPROBS = (1 << bit for bit in range(8))
+_COUNTING = _PENALTIES | _MASK  # look at the tokens generated so far
 _FLOATS = ("temperature", "top_p", "min_p", "typical_p")
 
 
@@ -36,6 +38,18 @@ class SampleOutput:
     token_ids: list[int]  # -1 where there is an error
     logprobs: list[TokenLogprob | None] | None  # None where not asked for, or nowhere asked for
     errors: list[str | None]  # a code of engine.errors: the logits are not finite, or the masks leave nothing
+
+
+class _Parameters(NamedTuple):
+    """Of rows that draw in one call, in their order."""
+
+    rows: list[int]
+    stream_keys: np.ndarray
+    top_k: Tensor
+    temperature: Tensor  # and so on as in _FLOATS
+    top_p: Tensor
+    min_p: Tensor
+    typical_p: Tensor
 
 
 class Sampler:
@@ -51,10 +65,11 @@ class Sampler:
         self._logits_size = logits_size
         self._device = torch.device(device)
         self._eos_token_ids = tuple(eos_token_ids)
-        self._features = np.zeros(max_rows, dtype=np.int64)
+        self._features = [0] * max_rows
         self._floats = np.zeros((len(_FLOATS), max_rows), dtype=np.float32)
         self._top_k = np.zeros(max_rows, dtype=np.int64)
         self._stream_keys = np.zeros(max_rows, dtype=np.uint64)
+        self._parameters: _Parameters | None = None  # of the rows that drew last
         self._num_logprobs: dict[int, int] = {}
         self._masks: dict[int, RowMask] = {}
         self._penalties = PenaltyCounts(logits_size, max_rows, self._device)
@@ -68,13 +83,16 @@ class Sampler:
         When it raises, the row is as if removed.
         """
         self.remove_row(row)
+        self._parameters = None
         self._floats[:, row] = [getattr(params, name) for name in _FLOATS]
         self._top_k[row] = params.top_k
         self._stream_keys[row] = noise.stream_key(params.seed, choice)
         if params.logprobs is not None:
             self._num_logprobs[row] = params.logprobs
         if RowMask.is_used_by(params):
-            self._masks[row] = RowMask(params, token_ids, self._eos_token_ids, self._logits_size, self._device)
+            self._masks[row] = RowMask(
+                params, token_ids, num_prompt_tokens, self._eos_token_ids, self._logits_size, self._device
+            )
         if PenaltyCounts.are_used_by(params):
             self._penalties.add(row, params, token_ids, num_prompt_tokens)
         self._features[row] = _features(params)  # last: what `remove_row` trusts to be there
@@ -95,7 +113,8 @@ class Sampler:
     ) -> SampleOutput:
         """Choose the next token of distinct rows and count it as generated. Arguments as in `choose`."""
         output = self.choose(logits, rows, output_indices, bitmask)
-        self.commit(rows, output.token_ids)
+        if any(self._features[row] & _COUNTING for row in rows):
+            self.commit(rows, output.token_ids)
         return output
 
     @torch.inference_mode()
@@ -118,17 +137,17 @@ class Sampler:
         """
         if not rows:
             return SampleOutput([], None, [])
-        index = np.asarray(rows)
-        row_features = self._features[index]
-        features = int(np.bitwise_or.reduce(row_features))
-        is_processed = bool(features & (_PENALTIES | _MASK)) or bitmask is not None
-        asking = np.flatnonzero(row_features & _LOGPROBS).tolist() if features & _LOGPROBS else []
+        features = 0
+        for row in rows:
+            features |= self._features[row]
+        is_processed = bool(features & _COUNTING) or bitmask is not None
+        asking = [i for i, row in enumerate(rows) if self._features[row] & _LOGPROBS] if features & _LOGPROBS else []
         raw = self._rows_of(logits, asking, must_copy=is_processed) if asking else None
         withheld = self._process(logits, rows, output_indices, features, bitmask) if is_processed else {}
-        token_ids = self._draw(logits, index, output_indices, features)
+        token_ids = self._draw(logits, rows, output_indices, features)
         errors: list[str | None] = [None] * len(rows)
         if min(token_ids) < 0:
-            self._retry(token_ids, logits, withheld, index, output_indices, features)
+            self._retry(token_ids, logits, withheld, rows, output_indices, features)
             for i, token_id in enumerate(token_ids):
                 if token_id < 0:
                     errors[i] = _reason(logits[i], is_restricted=is_processed)
@@ -139,13 +158,12 @@ class Sampler:
     @torch.inference_mode()
     def commit(self, rows: Sequence[int], token_ids: Sequence[int]) -> None:
         """Token token_ids[j] (negative: none) was generated in row rows[j]; rows are distinct."""
-        row_features = self._features[list(rows)].tolist()
-        pairs = [pair for pair in zip(rows, token_ids, row_features, strict=True) if pair[1] >= 0]
-        penalised = [(row, token_id) for row, token_id, features in pairs if features & _PENALTIES]
+        pairs = [pair for pair in zip(rows, token_ids, strict=True) if pair[1] >= 0]
+        penalised = [pair for pair in pairs if self._features[pair[0]] & _PENALTIES]
         if penalised:
             self._penalties.count(*zip(*penalised, strict=True))
-        for row, token_id, features in pairs:
-            if features & _MASK:
+        for row, token_id in pairs:
+            if self._features[row] & _MASK:
                 self._masks[row].append(token_id)
 
     def _process(
@@ -173,27 +191,35 @@ class Sampler:
                 logits[i, ids] += -math.inf
         return withheld
 
-    def _draw(self, logits: Tensor, index: np.ndarray, output_indices: Sequence[int], features: int) -> list[int]:
+    def _draw(self, logits: Tensor, rows: Sequence[int], output_indices: Sequence[int], features: int) -> list[int]:
         if not features & _NOISE:
             return kernels.greedy(logits).tolist()
-        floats = dict(zip(_FLOATS, torch.from_numpy(self._floats.take(index, axis=1)).to(self._device), strict=True))
-        keys = _row_keys(self._stream_keys[index], output_indices)
+        parameters = self._parameters
+        if parameters is None or parameters.rows != rows:
+            parameters = self._parameters = self._gather(list(rows))
+        keys = _row_keys(parameters.stream_keys, output_indices)
         return kernels.sample(
             logits,
-            temperature=floats["temperature"],
+            temperature=parameters.temperature,
             keys=torch.from_numpy(keys).to(self._device),
-            top_k=torch.from_numpy(self._top_k[index]).to(self._device) if features & _TOP_K else None,
-            top_p=floats["top_p"] if features & _TOP_P else None,
-            min_p=floats["min_p"] if features & _MIN_P else None,
-            typical_p=floats["typical_p"] if features & _TYPICAL_P else None,
+            top_k=parameters.top_k if features & _TOP_K else None,
+            top_p=parameters.top_p if features & _TOP_P else None,
+            min_p=parameters.min_p if features & _MIN_P else None,
+            typical_p=parameters.typical_p if features & _TYPICAL_P else None,
         ).tolist()
+
+    def _gather(self, rows: list[int]) -> _Parameters:
+        """The rows' parameters side by side, on the device. They stay the same as long as the rows do."""
+        floats = torch.from_numpy(self._floats.take(rows, axis=1)).to(self._device).unbind()
+        top_k = torch.from_numpy(self._top_k[rows]).to(self._device)
+        return _Parameters(rows, self._stream_keys[rows], top_k, *floats)
 
     def _retry(
         self,
         token_ids: list[int],
         logits: Tensor,
         withheld: dict[int, tuple[Tensor, Tensor]],
-        index: np.ndarray,
+        rows: Sequence[int],
         output_indices: Sequence[int],
         features: int,
     ) -> None:
@@ -201,7 +227,7 @@ class Sampler:
         for i, (ids, values) in withheld.items():
             if token_ids[i] < 0:
                 logits[i, ids] = values
-                token_ids[i] = self._draw(logits[i : i + 1], index[i : i + 1], output_indices[i : i + 1], features)[0]
+                token_ids[i] = self._draw(logits[i : i + 1], rows[i : i + 1], output_indices[i : i + 1], features)[0]
 
     def _logprobs(
         self, raw: Tensor, asking: Sequence[int], rows: Sequence[int], token_ids: Sequence[int]

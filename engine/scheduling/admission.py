@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.config import SchedulerConfig
-from engine.errors import InvalidParameter, PromptTooLong, QueueFull
+from engine.errors import InvalidParameter, PromptTooLong, QueueFull, QueueTokensFull
 from engine.scheduling.cache_manager import CacheManager
 from engine.types import EngineRequest
 
@@ -26,6 +26,8 @@ def check_servable(request: EngineRequest, cache: CacheManager, max_model_len: i
         raise InvalidParameter(f"max_tokens is {max_tokens}; give at least 1", param="max_tokens")
     if request.num_choices < 1:
         raise InvalidParameter(f"n is {request.num_choices}; give at least 1", param="n")
+    if request.pooling is not None:
+        return _check_pooling(request, cache, max_model_len)
     if num_prompt >= max_model_len:
         raise PromptTooLong(
             f"the prompt has {num_prompt} tokens, max_model_len is {max_model_len} and output needs at least one; "
@@ -41,6 +43,16 @@ def check_servable(request: EngineRequest, cache: CacheManager, max_model_len: i
             param="max_tokens",
         )
     return max_tokens
+
+
+def _check_pooling(request: EngineRequest, cache: CacheManager, max_model_len: int) -> int:
+    """No output follows the prompt, so it may fill the whole context. Returns the 0 tokens of output."""
+    num_prompt, limit = len(request.prompt_token_ids), min(max_model_len, cache.num_slots)
+    if request.num_choices != 1:
+        raise InvalidParameter(f"n is {request.num_choices}; a pooling request has one result", param="n")
+    if num_prompt > limit:
+        raise PromptTooLong(f"the input has {num_prompt} tokens, the limit is {limit}; shorten it", param="input")
+    return 0
 
 
 def check_queue(
@@ -65,7 +77,7 @@ def check_queue(
         raise QueueFull(f"{num_waiting} requests wait, the bound is {limit}; retry later", retry_after_s=retry_after_s)
     token_limit = int(config.max_waiting_pools * num_cache_slots)
     if num_waiting and waiting_tokens + new_tokens > token_limit:
-        raise QueueFull(
+        raise QueueTokensFull(
             f"{waiting_tokens} prompt tokens wait and this request has {new_tokens}, the bound is {token_limit}; "
             "retry later",
             retry_after_s=retry_after_s,

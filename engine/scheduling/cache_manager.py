@@ -28,8 +28,9 @@ class CacheManager:
     def num_promised_to(self, request: Request) -> int:
         return self._promised.get(request, 0)
 
-    def new_chain(self, tenant: str, cache_salt: str) -> HashChain | None:
-        return None if self.prefix_cache is None else self.prefix_cache.chain(tenant, cache_salt)
+    def new_chain(self, tenant: str, cache_salt: str, adapter: str = "") -> HashChain | None:
+        """adapter: key of the low-rank adapter, on which keys and values depend."""
+        return None if self.prefix_cache is None else self.prefix_cache.chain(tenant, cache_salt, adapter=adapter)
 
     @property
     def prefix_stats(self) -> PrefixStats:
@@ -47,6 +48,15 @@ class CacheManager:
         """Whether one request with so many slots could ever run."""
         return self.blocks_for(num_slots) <= self.pool.capacity
 
+    def has_room(self, request: Request, num_spare_blocks: int) -> bool:
+        """Whether `admit` would let a waiting request in, as far as can be told without looking at its tokens again."""
+        num_held = 0
+        if self.prefix_cache is not None and request.chain is not None and not _needs_all_tokens(request):
+            request.chain.extend(request.token_ids)
+            _, num_held = self.prefix_cache.estimate(request.chain, (request.num_tokens - 1) // self.block_size)
+        room = self.pool.num_available - self.num_promised - num_spare_blocks
+        return self.blocks_for(request.num_tokens) - num_held <= room
+
     def admit(self, request: Request, num_spare_blocks: int) -> bool:
         """Gives a waiting request the cached blocks of its beginning, if there is room for all its other tokens.
 
@@ -57,9 +67,11 @@ class CacheManager:
         num_needed = self.blocks_for(request.num_tokens)
         room = self.pool.num_available - self.num_promised - num_spare_blocks
         hits: list[int] = []
-        if self.prefix_cache is None or request.chain is None or _wants_all_logits(request):
+        if self.prefix_cache is None or request.chain is None or _needs_all_tokens(request):
             if num_needed > room:
                 return False
+            if request.cache_miss is None:
+                request.cache_miss = self._why_not_looked_up()
         else:
             # the last token is always computed: its logits choose the next one
             max_hits = (request.num_tokens - 1) // self.block_size
@@ -72,9 +84,30 @@ class CacheManager:
                 return False
             self.prefix_cache.record_query(request.num_tokens, len(hits) * self.block_size)
             self.pool.share(hits)
+            if request.cache_miss is None:
+                request.cache_miss = self._why_missing(request, len(hits), max_hits)
         request.num_published_blocks = len(hits)
         self._start(request, hits, len(hits) * self.block_size)
         return True
+
+    def _why_not_looked_up(self) -> str:
+        if self.prefix_cache is None:
+            return "disabled"
+        self.prefix_cache.stats.misses["whole_prompt"] += 1
+        return "whole_prompt"
+
+    def _why_missing(self, request: Request, num_hits: int, max_hits: int) -> str:
+        """One of MISS_REASONS, counted; "" when everything was found that could be."""
+        assert self.prefix_cache is not None
+        assert request.chain is not None
+        if max_hits == 0:
+            reason = "too_short"
+        elif num_hits == max_hits:
+            return ""
+        else:
+            reason = self.prefix_cache.why_missing(request.chain, request.token_ids, num_hits)
+        self.prefix_cache.stats.misses[reason] += 1
+        return reason
 
     def fork(self, request: Request, source: Request, num_spare_blocks: int) -> tuple[tuple[int, int], ...] | None:
         """Starts a request on the prompt blocks of a running one of its family, all but the last token.
@@ -185,6 +218,8 @@ class CacheManager:
             table.edits.append((index, block_id))
 
 
-def _wants_all_logits(request: Request) -> bool:
-    """Log-probabilities of prompt tokens come from computing them, so cached blocks are of no use."""
+def _needs_all_tokens(request: Request) -> bool:
+    """Log-probabilities and means of prompt tokens come from computing them, so cached blocks are of no use."""
+    if request.pooling is not None:
+        return request.pooling.needs_all_tokens
     return request.prompt_logprobs is not None

@@ -42,6 +42,7 @@ def violations(scheduler: Scheduler) -> list[str]:
     for request in running:
         problems += _running_violations(scheduler, request)
     problems += _population_violations(scheduler)
+    problems += _adapter_violations(scheduler)
     promised = sum(cache.num_promised_to(request) for request in holders)
     if promised != cache.num_promised:
         problems.append(f"{cache.num_promised} blocks are promised, {promised} to those that hold blocks")
@@ -103,13 +104,25 @@ def _running_violations(scheduler: Scheduler, request: Request) -> list[str]:
     owner = request.family.request
     if request.chain is not None:
         namespace = request.chain.namespace
-        if (namespace.tenant, namespace.cache_salt) != (owner.tenant, owner.cache_salt):
-            problems.append(f"{name} shares blocks with other tenants or salts")
-    if request.num_output_tokens >= request.family.max_tokens:
+        labels = (namespace.tenant, namespace.cache_salt, namespace.adapter)
+        if labels != (owner.tenant, owner.cache_salt, owner.adapter):
+            problems.append(f"{name} shares blocks with other tenants, salts or adapters")
+    if owner.pooling is not None and request.num_output_tokens:
+        problems.append(f"{name} pools and has {request.num_output_tokens} outputs")
+    elif owner.pooling is None and request.num_output_tokens >= request.family.max_tokens:
         problems.append(f"{name} has {request.num_output_tokens} outputs and goes on")
     if request.num_published_blocks * cache.block_size > request.num_computed_tokens:
         problems.append(f"{name} has published blocks that are not computed")
     return problems
+
+
+def _adapter_violations(scheduler: Scheduler) -> list[str]:
+    """Every choice that is not over, or that a step still uses, is counted for its adapter."""
+    choices = [*scheduler.roster.requests(), *scheduler.left_in_flight]
+    users = Counter(request.family.request.adapter for request in choices)
+    del users[""]
+    counted = scheduler.adapters.users()
+    return [] if users == counted else [f"adapters have users {dict(users)}, {counted} counted"]
 
 
 def _population_violations(scheduler: Scheduler) -> list[str]:

@@ -70,9 +70,26 @@ def make_output(
         logprobs=None if logprobs is None else list(logprobs[:num_new_tokens]),
         prompt_logprobs=prompt_logprobs,
         num_cached_tokens=request.num_cached_tokens if is_first else None,
+        cache_miss=(request.cache_miss or None) if is_first else None,
         finish_reason=None if ending is None else ending.reason,
         stop_token_id=None if ending is None else ending.stop_token_id,
         error=None if ending is None else ending.error,
         queued_s=request.queued_s if is_first else None,
         num_preemptions=0 if ending is None else request.num_preemptions,
+    )
+
+
+def make_pooled_output(request: Request, outcome: ChunkResult) -> TokenOutput:
+    """The whole output of a pooling request."""
+    assert outcome.pooled is not None, "the last prompt chunk of a pooling row has a pooled result"
+    data, shape = outcome.pooled
+    return TokenOutput(
+        request_id=request.request_id,
+        choice=request.choice,
+        num_cached_tokens=request.num_cached_tokens,
+        finish_reason="stop",
+        queued_s=request.queued_s,
+        num_preemptions=request.num_preemptions,
+        pooled=data,
+        pooled_shape=shape,
     )

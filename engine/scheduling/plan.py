@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.types import SamplingParams, TokenLogprob
+import msgspec
+
+from engine.types import CompiledConstraint, PoolingParams, SamplingParams, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +26,13 @@ class NewRow:
     sampling: SamplingParams
     block_ids: tuple[int, ...]  # already holding the first `num_computed` tokens
     num_computed: int
+    constraint: CompiledConstraint | None = None
+    pooling: PoolingParams | None = None  # the row samples nothing: its last prompt chunk has a pooled result
+    adapter: int = 0  # index of its low-rank adapter, 0 for none
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+# A chunk and its result are made for every row in every step: structs, because they cost a tenth of a frozen dataclass.
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """Tokens [start, start + num_tokens) of one row run through the model in this step."""
 
     row: int
@@ -56,27 +61,29 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks)
+        return sum([chunk.num_tokens for chunk in self.chunks])
 
     @property
     def kind(self) -> str:
         """prefill, decode or mixed: a label for metrics; nothing is decided by it."""
-        decodes = sum(1 for chunk in self.chunks if chunk.is_sampling and chunk.num_tokens == 1)
+        decodes = len([chunk for chunk in self.chunks if chunk.num_tokens == 1 and chunk.is_sampling])
         if decodes == len(self.chunks):
             return "decode"
         return "mixed" if decodes else "prefill"
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkResult:
+class ChunkResult(msgspec.Struct, frozen=True):
     """What one chunk produced, in the order of `StepPlan.chunks`."""
 
-    token_ids: tuple[int, ...] = ()  # chosen tokens: none unless the chunk is sampling
+    # The chosen token, and those that its constraint forces after it: none unless the chunk is sampling.
+    token_ids: tuple[int, ...] = ()
+    is_deferred: bool = False  # no token yet, the row's constraint is still being built: run its last token again
     logprobs: tuple[TokenLogprob, ...] | None = None  # one per chosen token, when asked for
     # When asked for: of prompt positions start + 1 .. start + num_tokens (as far as the prompt goes), each from the
     # logits of the position before it. The scheduler puts the None of position 0 in front.
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None  # "numerical_error": a hidden state or logit of the chunk is not finite
+    pooled: tuple[bytes, tuple[int, ...]] | None = None  # float32 data and shape, with the last chunk of a pooling row
 
 
 @dataclass(frozen=True, slots=True)

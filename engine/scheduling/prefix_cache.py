@@ -12,12 +12,19 @@ import hmac
 import os
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from engine.scheduling.block_pool import BlockPool
 
 Digest = Callable[[bytes], bytes]
+
+# Why a sequence did not find all of its beginning: it is shorter than a block; its prompt is computed whole for its
+# log-probabilities or hidden states; the same tokens are there under another salt, or for another adapter, of the same
+# tenant; they were there and were reclaimed or cleared; they were never there. Without a cache: "disabled".
+MISS_REASONS = ("too_short", "whole_prompt", "salt", "adapter", "evicted", "cold")
+MAX_REMEMBERED = 65536  # digests of forgotten blocks
 
 
 def sha256(data: bytes) -> bytes:
@@ -81,6 +88,7 @@ class PrefixStats:
     queried_tokens: int = 0
     hit_tokens: int = 0
     resets: int = 0
+    misses: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MISS_REASONS, 0))  # sequences, by why
     evicted_blocks: dict[str, int] = field(default_factory=lambda: {"capacity": 0, "manual": 0})
 
 
@@ -109,6 +117,8 @@ class PrefixCache:
         self._digest = digest
         self._entries: dict[bytes, _Entry] = {}
         self._by_block: dict[int, _Entry] = {}
+        self._firsts: dict[tuple[str, bytes], set[Namespace]] = {}  # tenant and tokens of first blocks -> where cached
+        self._forgotten: OrderedDict[bytes, None] = OrderedDict()
         pool.set_evict_hook(lambda block_id: self._forget(block_id, "capacity"))
 
     def __len__(self) -> int:
@@ -144,6 +154,21 @@ class PrefixCache:
             block_ids.append(parent)
         return block_ids
 
+    def why_missing(self, chain: HashChain, token_ids: Sequence[int], num_hits: int) -> str:
+        """Why block number `num_hits` of the chain, the first that `match` did not find, is not here.
+
+        Looks at blocks of the same tenant only: nobody learns what others have cached.
+        """
+        if chain.digests[num_hits] in self._forgotten:
+            return "evicted"
+        if num_hits == 0:
+            others = self._firsts.get((chain.namespace.tenant, chain.block_bytes(token_ids, 0)), ())
+            if any(other.adapter != chain.namespace.adapter for other in others):
+                return "adapter"
+            if any(other.cache_salt != chain.namespace.cache_salt for other in others):
+                return "salt"
+        return "cold"
+
     def record_query(self, num_queried_tokens: int, num_hit_tokens: int) -> None:
         self.stats.queries += 1
         self.stats.hits += num_hit_tokens > 0
@@ -170,6 +195,9 @@ class PrefixCache:
         self._pool.publish(block_id)
         self._entries[digest] = entry
         self._by_block[block_id] = entry
+        self._forgotten.pop(digest, None)
+        if parent is None:
+            self._firsts.setdefault((entry.namespace.tenant, entry.tokens), set()).add(entry.namespace)
         return block_id
 
     def pin(self, chain: HashChain, token_ids: Sequence[int]) -> list[int]:
@@ -193,6 +221,36 @@ class PrefixCache:
         return self._forget_all(
             lambda namespace: namespace.tenant == tenant and cache_salt in (None, namespace.cache_salt)
         )
+
+    def below(self, chain: HashChain, token_ids: Sequence[int]) -> list[int]:
+        """Blocks that hold the last full block of this beginning, and everything cached after it.
+
+        Empty unless the whole beginning is cached. Takes time with the size of the index.
+        """
+        chain.extend(token_ids)
+        block_ids = self.match(chain, token_ids, len(chain.digests))
+        if not block_ids or len(block_ids) < len(chain.digests):
+            return []
+        is_below: dict[int, bool] = {block_ids[-1]: True}
+        for start in self._by_block:
+            path: list[int] = []
+            block_id: int | None = start
+            while block_id is not None and block_id not in is_below:
+                path.append(block_id)
+                block_id = self._by_block[block_id].parent
+            is_below.update(dict.fromkeys(path, block_id is not None and is_below[block_id]))
+        return [block_id for block_id, is_meant in is_below.items() if is_meant]
+
+    def forget(self, block_ids: Collection[int]) -> int:
+        """Forgets these blocks, which must be `below` something. Returns how many. Running requests keep theirs."""
+        for block_id in block_ids:
+            self._forget(block_id, "manual")
+            self._pool.unpublish(block_id)
+        return len(block_ids)
+
+    def namespaces(self) -> Iterator[Namespace]:
+        """Of every cached block."""
+        return (entry.namespace for entry in self._by_block.values())
 
     def reset(self) -> int:
         """Forgets everything. Returns how many blocks that were."""
@@ -246,6 +304,14 @@ class PrefixCache:
     def _forget(self, block_id: int, reason: str) -> None:
         entry = self._by_block.pop(block_id)
         del self._entries[entry.digest]
+        self._forgotten[entry.digest] = None
+        if len(self._forgotten) > MAX_REMEMBERED:
+            self._forgotten.popitem(last=False)
+        if entry.parent is None:
+            key = (entry.namespace.tenant, entry.tokens)
+            self._firsts[key].discard(entry.namespace)
+            if not self._firsts[key]:
+                del self._firsts[key]
         self.stats.evicted_blocks[reason] += 1
 
     def _forget_all(self, is_meant: Callable[[Namespace], bool]) -> int:

@@ -9,7 +9,7 @@ import enum
 from dataclasses import dataclass, field
 
 from engine.scheduling.prefix_cache import HashChain
-from engine.types import EngineRequest, SamplingParams, TokenLogprob
+from engine.types import EngineRequest, PoolingParams, SamplingParams, TokenLogprob
 
 
 class Status(enum.Enum):
@@ -44,6 +44,7 @@ class Family:
     arrival_s: float
     stop_ids: frozenset[int]  # token ids that end a choice
     max_tokens: int  # the asked number, cut to what the context length leaves
+    adapter: int = 0  # index of its low-rank adapter, 0 for none
     choices: dict[int, Request] = field(default_factory=dict)  # those not finished, by choice
 
     @property
@@ -69,6 +70,7 @@ class Request:
     queued_s: float | None = None  # arrival to first scheduling
     num_preemptions: int = 0
     num_cached_tokens: int | None = None  # prompt tokens served by the prefix cache at the first scheduling
+    cache_miss: str | None = None  # why not all that could be, then; "" when it was all
     prompt_logprobs: list[TokenLogprob | None] | None = None  # collected so far, None once sent or not asked for
     has_emitted: bool = False
 
@@ -79,6 +81,10 @@ class Request:
     @property
     def sampling(self) -> SamplingParams:
         return self.family.request.sampling
+
+    @property
+    def pooling(self) -> PoolingParams | None:
+        return self.family.request.pooling
 
     @property
     def priority(self) -> int:

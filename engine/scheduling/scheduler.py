@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 
 from engine.config import CacheConfig, SchedulerConfig
 from engine.errors import InvalidParameter
+from engine.scheduling.adapters import AdapterTable
 from engine.scheduling.admission import check_queue, check_servable
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.cache_control import CacheControl
 from engine.scheduling.cache_manager import CacheManager
 from engine.scheduling.deadlines import Deadlines
-from engine.scheduling.outputs import Ending, append_tokens, collect_prompt_logprobs, make_output
+from engine.scheduling.outputs import Ending, append_tokens, collect_prompt_logprobs, make_output, make_pooled_output
 from engine.scheduling.plan import Chunk, ChunkResult, NewRow, StepPlan, StepResult
 from engine.scheduling.preemption import choose_victim
 from engine.scheduling.prefix_cache import PrefixCache
@@ -66,24 +68,32 @@ class Scheduler:
         model_name: str = "",
         clock: Callable[[], float] = time.monotonic,
         secret: bytes | None = None,
+        whole_prompts: bool = False,
+        adapters: AdapterTable | None = None,
     ) -> None:
         """
         num_blocks     size of the pool, null block included
         max_model_len  tokens of prompt plus output
         clock          seconds, monotonic; replaceable for tests
         secret         root of the prefix cache's digests; random by default
+        whole_prompts  prompts never run in chunks: encoders see all of a text at once. A step must have room for one
+        adapters       the loaded low-rank adapters; default: there are none
         """
-        pool = BlockPool(num_blocks)
+        pool = BlockPool(num_blocks, max_pinned=cache_config.max_pinned_blocks)
         prefix_cache = None
         if cache_config.enable_prefix_cache:
             prefix_cache = PrefixCache(pool, cache_config.block_size, model=model_name, secret=secret)
         self.cache = CacheManager(pool, cache_config.block_size, prefix_cache)
+        self.cache_control = CacheControl(self.cache, clock)
         self.rows = RowSlots(config.max_num_seqs)
+        self.adapters = adapters or AdapterTable()
         self.roster = Roster()
         self.limits = config
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
         self._clock = clock
+        self._whole_prompts = whole_prompts
+        assert not whole_prompts or config.max_num_batched_tokens >= max_model_len, "no step could hold a whole prompt"
         self._num_arrived = 0
         self._deadlines = Deadlines(config)
         self._in_flight: StepPlan | None = None
@@ -105,6 +115,7 @@ class Scheduler:
         if request.request_id in self.roster.families:
             raise InvalidParameter(f"request id {request.request_id!r} is in use; choose another", param="request_id")
         max_tokens = check_servable(request, self.cache, self._max_model_len)
+        self.adapters.check(request.adapter)
         now = self._clock()
         check_queue(
             self.limits,
@@ -116,7 +127,9 @@ class Scheduler:
             oldest_waiting_s=self._oldest_waiting_s(now),
         )
         sampling = request.sampling
-        eos_token_ids = frozenset() if sampling.ignore_eos else self._eos_token_ids
+        # with a constraint, an end-of-sequence token that is chosen in spite of ignore_eos is the end of the grammar
+        has_no_eos = sampling.ignore_eos and request.constraint is None
+        eos_token_ids = frozenset() if has_no_eos else self._eos_token_ids
         self._num_arrived += 1
         family = Family(
             request=request,
@@ -124,6 +137,7 @@ class Scheduler:
             arrival_s=now,
             stop_ids=eos_token_ids.union(sampling.stop_token_ids),
             max_tokens=max_tokens,
+            adapter=self.adapters.acquire(request.adapter, request.num_choices),
         )
         for choice in range(request.num_choices):
             family.choices[choice] = Request(
@@ -131,7 +145,7 @@ class Scheduler:
                 choice=choice,
                 token_ids=list(request.prompt_token_ids),
                 num_prompt_tokens=len(request.prompt_token_ids),
-                chain=self.cache.new_chain(request.tenant, request.cache_salt),
+                chain=self.cache.new_chain(request.tenant, request.cache_salt, request.adapter),
                 prompt_logprobs=[None] if choice == 0 and sampling.prompt_logprobs is not None else None,
             )
         self.roster.add(family, now)
@@ -155,12 +169,21 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step: rows that decode, then prompts in chunks, then new requests, within the budgets.
 
+        What is less urgent than the head of the queue comes after it, and gives way when it lacks a row or room.
+
         Without chunks there is nothing to execute, but `commit` may have outputs.
         """
         assert self._in_flight is None, "the previous step has not been committed"
-        self._expire(self._clock())
+        now = self._clock()
+        self.cache_control.expire(now)
+        self._expire(now)
         draft = _Draft(budget=self.limits.max_num_batched_tokens)
-        num_preempted = self._schedule_running(draft)
+        self._make_way(draft)
+        urgent, late = self._running_in_order()
+        num_preempted = self._schedule_running(urgent, draft)
+        if late and not num_preempted:
+            self._schedule_waiting(draft, before=late[0].priority)
+        num_preempted += self._schedule_running(late, draft)
         if not num_preempted:
             self._schedule_waiting(draft)
         if draft.chunks:
@@ -186,6 +209,7 @@ class Scheduler:
                 self._commit_chunk(request, chunk, outcome)
         for request in self._left_in_flight:
             self._release(request)
+            self.adapters.release(request.family.request.adapter)
         self._left_in_flight = []
         outputs, self._outputs = self._outputs, []
         return outputs
@@ -216,14 +240,39 @@ class Scheduler:
 
     # ---- building a step
 
-    def _schedule_running(self, draft: _Draft) -> int:
-        """Returns how many requests had to give way."""
-        num_preempted = self._counters.num_preemptions
+    def _make_way(self, draft: _Draft) -> None:
+        """Throws requests back to the queue, the least urgent first, until a more urgent head of the queue can run.
+
+        Those that have been preempted often enough keep their places, so that they finish.
+        """
+        head, running = self.roster.queue.first(), self.roster.running
+        while head is not None and running and running[-1].priority > head.priority:
+            if self.rows.num_free and self.cache.has_room(head, self._num_spare_blocks):
+                return
+            limit = self.limits.protect_after_preemptions
+            victims = (r for r in reversed(running) if r.priority > head.priority and r.num_preemptions < limit)
+            victim = next(victims, None)
+            if victim is None:
+                return
+            self._preempt(victim, draft)
+
+    def _running_in_order(self) -> tuple[list[Request], list[Request]]:
+        """Rows that decode and then prompts, but for the prompts less urgent than the head of the queue; and those."""
+        head = self.roster.queue.first()
         decodes: list[Request] = []
         prefills: list[Request] = []
+        late: list[Request] = []
         for request in self.roster.running:
-            (decodes if request.num_remaining_tokens == 1 else prefills).append(request)
-        for request in decodes + prefills:
+            if request.num_remaining_tokens == 1:
+                decodes.append(request)
+            else:
+                (late if head is not None and request.priority > head.priority else prefills).append(request)
+        return decodes + prefills, late
+
+    def _schedule_running(self, requests: list[Request], draft: _Draft) -> int:
+        """Returns how many requests had to give way."""
+        num_preempted = self._counters.num_preemptions
+        for request in requests:
             if not draft.budget:
                 break
             if request.status is Status.RUNNING:  # else it gave way to one before it
@@ -232,12 +281,19 @@ class Scheduler:
                     self._add_chunk(request, num_tokens, draft)
         return self._counters.num_preemptions - num_preempted
 
-    def _schedule_waiting(self, draft: _Draft) -> None:
-        """Admits from the head of the queue until something is lacking. Nobody overtakes a head that does not fit."""
+    def _schedule_waiting(self, draft: _Draft, *, before: int | None = None) -> None:
+        """Admits from the head of the queue until something is lacking. Nobody overtakes a head that does not fit.
+
+        before   admit only what is more urgent than this
+        """
         now = self._clock()
         while draft.budget and self.rows.num_free:
             request = self.roster.queue.first()
-            if request is None or not self._admit(request, draft):
+            if request is None or (self._whole_prompts and request.num_remaining_tokens > draft.budget):
+                return
+            if before is not None and request.priority >= before:
+                return
+            if not self._admit(request, draft):
                 return
             self._start(request, now, draft)
             num_tokens = min(request.num_remaining_tokens, draft.budget)
@@ -245,11 +301,16 @@ class Scheduler:
             assert has_grown, "admission has seen to the room"
             self._add_chunk(request, num_tokens, draft)
 
+    @property
+    def _num_spare_blocks(self) -> int:
+        """Every running request will want a block within block_size steps: leave some, so that an admission does not
+        lead to a preemption at once. When nobody runs, the whole pool is there for a request.
+        """
+        return min(len(self.roster.running), self.cache.pool.capacity // 16)
+
     def _admit(self, request: Request, draft: _Draft) -> bool:
         """Gives the request its first blocks, from a sibling or the prefix cache, if all of it has room."""
-        # Every running request will want a block within block_size steps: leave some, so that an admission does not
-        # lead to a preemption at once. When nobody runs, the whole pool is there for this request.
-        num_spare = min(len(self.roster.running), self.cache.pool.capacity // 16)
+        num_spare = self._num_spare_blocks
         source = _fork_source(request)
         if source is not None:
             copies = self.cache.fork(request, source, num_spare)
@@ -279,6 +340,9 @@ class Scheduler:
                 sampling=request.sampling,
                 block_ids=self.cache.take_new_blocks(request),
                 num_computed=request.num_computed_tokens,
+                constraint=request.family.request.constraint,
+                pooling=request.pooling,
+                adapter=request.family.adapter,
             )
         )
 
@@ -292,7 +356,7 @@ class Scheduler:
             start=request.num_computed_tokens,
             num_tokens=num_tokens,
             new_block_ids=self.cache.take_new_blocks(request),
-            is_sampling=num_tokens == request.num_remaining_tokens,
+            is_sampling=num_tokens == request.num_remaining_tokens and request.pooling is None,
             output_index=request.num_output_tokens,
         )
 
@@ -319,14 +383,19 @@ class Scheduler:
     # ---- results
 
     def _commit_chunk(self, request: Request, chunk: Chunk, outcome: ChunkResult) -> None:
-        self.cache.advance(request, chunk.num_tokens)
+        num_tokens = chunk.num_tokens - outcome.is_deferred
+        self.cache.advance(request, num_tokens)
         if chunk.start < request.num_prompt_tokens:
-            num_prompt_tokens = min(chunk.num_tokens, request.num_prompt_tokens - chunk.start)
+            num_prompt_tokens = min(num_tokens, request.num_prompt_tokens - chunk.start)
             self._counters.prompt_tokens_computed += num_prompt_tokens
         if outcome.error is not None:
             self._finish(request, Ending("error", error=outcome.error))
             return
-        assert bool(outcome.token_ids) == chunk.is_sampling, "tokens come from chunks that sample, and only from those"
+        if request.pooling is not None:
+            self._commit_pooled(request, outcome)
+            return
+        has_tokens = chunk.is_sampling and not outcome.is_deferred
+        assert bool(outcome.token_ids) == has_tokens, "tokens come from chunks that sample, and only from those"
         collect_prompt_logprobs(request, chunk, outcome)
         if not outcome.token_ids:
             return
@@ -338,6 +407,13 @@ class Scheduler:
             self.roster.unpark_all(request.family, self._clock())
         self._outputs.append(make_output(request, num_new_tokens, outcome.logprobs, ending))
         if ending is not None:
+            self._leave(request)
+
+    def _commit_pooled(self, request: Request, outcome: ChunkResult) -> None:
+        """A pooling request is over with its prompt."""
+        if not request.num_remaining_tokens:
+            self.cache.publish(request)
+            self._outputs.append(make_pooled_output(request, outcome))
             self._leave(request)
 
     def _finish(self, request: Request, ending: Ending) -> None:
@@ -356,11 +432,12 @@ class Scheduler:
         was = self.roster.leave(request, self._clock())
         if not request.family.choices:
             self._deadlines.ended(request.family)
+        if was is Status.RUNNING and self._in_flight is not None:
+            self._left_in_flight.append(request)
+            return
         if was is Status.RUNNING:
-            if self._in_flight is None:
-                self._release(request)
-            else:
-                self._left_in_flight.append(request)
+            self._release(request)
+        self.adapters.release(request.family.request.adapter)
 
     def _release(self, request: Request) -> None:
         self.cache.release(request)
@@ -373,7 +450,7 @@ class Scheduler:
 
 def _fork_source(request: Request) -> Request | None:
     """A running choice of the same family that has computed the prompt, for one that has nothing of its own yet."""
-    if request.num_output_tokens or request.prompt_logprobs is not None:
+    if request.num_output_tokens:
         return None
     for other in request.family.choices.values():
         if other.status is Status.RUNNING and other.has_computed_prompt:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.config import CacheConfig, Config, ModelConfig, SchedulerConfig
+from engine.config import CacheConfig, Config, ModelConfig, RuntimeConfig, SchedulerConfig
+from engine.constraints.vocabulary import Vocabulary
 from engine.core import EngineCore
 from engine.launch import wire
 from engine.models.batch import Model
@@ -36,6 +37,8 @@ def core_for(
     max_num_seqs: int = 16,
     max_model_len: int = 128,
     kv_cache_dtype: str = "auto",
+    vocabulary: Vocabulary | None = None,
+    jump_ahead: bool = True,
 ) -> EngineCore:
     """A fresh core around a loaded model; small blocks, so that short prompts span several."""
     config = Config(
@@ -47,8 +50,9 @@ def core_for(
             kv_cache_dtype=kv_cache_dtype,
         ),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
+        runtime=RuntimeConfig(jump_ahead=jump_ahead),
     )
-    core, _ = wire(model, config, torch.device("cpu"))
+    core, _ = wire(model, config, torch.device("cpu"), vocabulary)
     return core
 
 

@@ -46,19 +46,42 @@ def test_gather_lays_out_a_ragged_batch() -> None:
     rows.add(new_row(2, [20, 21, 22]))
     rows.append_blocks(0, (3,))
     rows.append_blocks(2, (5,))
-    token_ids, positions, slots, lengths = rows.gather([chunk(0, 4, 2), chunk(2, 0, 3)])
-    assert token_ids.tolist() == [14, 15, 20, 21, 22]
-    assert positions.tolist() == [4, 5, 0, 1, 2]
-    assert slots.tolist() == [3 * 4, 3 * 4 + 1, 5 * 4, 5 * 4 + 1, 5 * 4 + 2]
-    assert lengths.tolist() == [2, 3]
+    found = rows.gather([chunk(0, 4, 2), chunk(2, 0, 3)])
+    assert found.tensors.token_ids.tolist() == [14, 15, 20, 21, 22]
+    assert found.tensors.positions.tolist() == [4, 5, 0, 1, 2]
+    assert found.tensors.slots.tolist() == [3 * 4, 3 * 4 + 1, 5 * 4, 5 * 4 + 1, 5 * 4 + 2]
+    assert found.tensors.cu_seqlens_q.tolist() == [0, 2, 5]
+    assert found.tensors.seq_lens.tolist() == [6, 3]
+    assert (found.max_seqlen_q, found.max_seq_len) == (3, 6)
+
+
+def test_rows_that_decode_are_gathered_like_any_others() -> None:
+    rows = table()
+    for row, length in ((0, 9), (1, 3), (3, 17)):
+        rows.add(
+            new_row(row, list(range(100 * row, 100 * row + length)), block_ids=tuple(range(10 * row, 10 * row + 5)))
+        )
+    chunks = [chunk(3, 16, 1), chunk(0, 8, 1), chunk(1, 2, 1)]
+    for found in (rows.gather(chunks), rows._gather_ragged(chunks)):
+        assert found.tensors.token_ids.tolist() == [316, 8, 102]
+        assert found.tensors.positions.tolist() == [16, 8, 2]
+        assert found.tensors.slots.tolist() == [34 * 4, 2 * 4, 10 * 4 + 2]
+        assert found.tensors.cu_seqlens_q.tolist() == [0, 1, 2, 3]
+        assert found.tensors.seq_lens.tolist() == [17, 9, 3]
+        assert (found.max_seqlen_q, found.max_seq_len) == (1, 17)
+    assert rows.gather(chunks[1:]).tensors.token_ids.tolist() == [8, 102]
 
 
 def test_a_chosen_token_is_the_next_input() -> None:
     rows = table()
     rows.add(new_row(1, [1, 2, 3, 4], block_ids=(9, 8), num_computed=4))
     rows.set_token(1, 0, 42)
-    token_ids, positions, slots, _ = rows.gather([chunk(1, 4, 1)])
-    assert (token_ids.tolist(), positions.tolist(), slots.tolist()) == ([42], [4], [8 * 4])
+    found = rows.gather([chunk(1, 4, 1)])
+    assert (found.tensors.token_ids.tolist(), found.tensors.positions.tolist(), found.tensors.slots.tolist()) == (
+        [42],
+        [4],
+        [8 * 4],
+    )
 
 
 def test_appending_the_same_blocks_twice_is_harmless() -> None:
@@ -95,10 +118,13 @@ def test_a_steady_batch_is_not_copied_again() -> None:
     assert second[0, 1] == 7
 
 
+@pytest.mark.parametrize("is_shared", [True, False], ids=["on the host", "on a device"])
 @pytest.mark.parametrize("seed", range(5))
-def test_batch_tables_equal_a_naive_model_under_random_changes(seed: int) -> None:
+def test_batch_tables_equal_a_naive_model_under_random_changes(seed: int, is_shared: bool) -> None:
+    """A device has memory of its own, to which only changed entries go."""
     generator = np.random.default_rng(seed)
     rows, naive = table(6, 400), {}
+    rows._batch._is_shared = is_shared
     for step in range(300):
         row = int(generator.integers(6))
         if row not in naive or generator.random() < 0.05:
@@ -108,9 +134,11 @@ def test_batch_tables_equal_a_naive_model_under_random_changes(seed: int) -> Non
             blocks = [int(b) for b in generator.integers(1, 10**6, size=int(generator.integers(1, 3)))]
             naive[row] += blocks
             rows.append_blocks(row, blocks)
-        order = [int(r) for r in generator.permutation(sorted(naive))[: int(generator.integers(1, len(naive) + 1))]]
-        if step % 3 == 0:
-            order.sort()
+            edited = int(generator.integers(len(naive[row])))
+            naive[row][edited] += 1
+            rows.edit_block(row, edited, naive[row][edited])
+        if step % 3 == 0:  # else the same rows go on, with what changed
+            order = [int(r) for r in generator.permutation(sorted(naive))[: int(generator.integers(1, len(naive) + 1))]]
         width = max(len(naive[r]) for r in order)
         got = rows.block_table(order, width * BLOCK_SIZE)
         for i, r in enumerate(order):

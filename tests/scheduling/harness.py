@@ -46,6 +46,8 @@ class Harness:
         strict: bool = True,
         runner: FakeRunner | None = None,
         scheduler_type: Callable[..., Scheduler] = Scheduler,
+        whole_prompts: bool = False,
+        max_pinned_blocks: int = 0,
         **limits: Any,
     ) -> None:
         self.now = 0.0
@@ -53,12 +55,13 @@ class Harness:
         self.is_strict = strict
         self.scheduler = scheduler_type(
             SchedulerConfig(**{"max_num_seqs": 8, "max_num_batched_tokens": 32, **limits}),
-            CacheConfig(block_size=block_size, enable_prefix_cache=prefix_cache),
+            CacheConfig(block_size=block_size, enable_prefix_cache=prefix_cache, max_pinned_blocks=max_pinned_blocks),
             num_blocks=num_blocks,
             max_model_len=max_model_len,
             eos_token_ids=(EOS,),
             clock=lambda: self.now,
             secret=b"tests",
+            whole_prompts=whole_prompts,
         )
         self.runner = runner or FakeRunner(block_size, eos_token_id=EOS, strict=strict)
         self.core = EngineCore(self.scheduler, self.runner)
@@ -166,6 +169,8 @@ class Harness:
     def expected(self, request_id: str, choice: int) -> tuple[list[int], str]:
         """Tokens and end of the request, computed from its token history alone."""
         request = self.requests[request_id]
+        if request.pooling is not None:
+            return [], "stop"
         sampling = request.sampling
         stops = {*sampling.stop_token_ids} | (set() if sampling.ignore_eos else {EOS})
         limit = min(sampling.max_tokens, self.max_model_len - len(request.prompt_token_ids))

@@ -93,7 +93,10 @@ def a_hit_covers_the_whole_prompt(patch: Patch) -> None:
 
 @bug
 def salt_is_left_out(patch: Patch) -> None:
-    wrap(patch, CacheManager, "new_chain", lambda original, self, tenant, cache_salt: original(self, tenant, ""))
+    def new_chain(original: Any, self: CacheManager, tenant: str, cache_salt: str, *rest: Any) -> Any:
+        return original(self, tenant, "", *rest)
+
+    wrap(patch, CacheManager, "new_chain", new_chain)
 
 
 @bug

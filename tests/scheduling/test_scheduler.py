@@ -466,7 +466,7 @@ class TestPreemption:
         num_preempting = 0
         for _ in range(30):
             if not harness.scheduler.roster.num_waiting:
-                harness.add([7, 8], priority=-1, max_tokens=1, ignore_eos=True)  # one block would do
+                harness.add([7, 8], tenant="other", max_tokens=1, ignore_eos=True)  # its turn, and one block would do
             before = harness.scheduler.stats().num_preemptions
             plan = harness.scheduler.schedule()
             if harness.scheduler.stats().num_preemptions > before:
@@ -474,6 +474,31 @@ class TestPreemption:
                 assert not plan.new_rows
             harness.scheduler.commit(plan, harness.runner.execute(plan))
         assert num_preempting > 0, "the pool was meant to be too small"
+
+    @pytest.mark.parametrize(("num_blocks", "max_num_seqs"), [(64, 2), (12, 4)], ids=["rows", "blocks"])
+    def test_less_urgent_requests_give_way_to_an_urgent_one(self, num_blocks: int, max_num_seqs: int) -> None:
+        harness = Harness(num_blocks=num_blocks, max_num_seqs=max_num_seqs)
+        for start in (0, 50):
+            harness.add(prompt_of(16, start=start), priority=9, max_tokens=20, ignore_eos=True)
+        harness.step()  # both run
+        urgent = harness.add(prompt_of(12, start=100), max_tokens=4, ignore_eos=True)
+        harness.step()
+        harness.step()  # the first may have filled the room that there was
+        assert urgent in {request.request_id for request in harness.scheduler.roster.running}
+        assert harness.scheduler.stats().num_preemptions == 1, "the newest of them, no more than it takes"
+        harness.run()
+        harness.check_finished()
+
+    def test_a_long_prompt_of_low_priority_does_not_hold_up_an_urgent_one(self) -> None:
+        harness = Harness(num_blocks=64, max_num_batched_tokens=8)
+        harness.add(prompt_of(40), priority=9, max_tokens=2, ignore_eos=True)
+        harness.step()
+        urgent = harness.add(prompt_of(8, start=100), max_tokens=2, ignore_eos=True)
+        harness.step()
+        progress = {request.request_id: request.num_computed_tokens for request in harness.scheduler.roster.running}
+        assert progress == {urgent: 8, "r0": 8}, "the whole step was the urgent one's"
+        harness.run()
+        harness.check_finished()
 
     def test_a_preempted_request_finds_its_own_blocks_again(self) -> None:
         harness = Harness(num_blocks=12, max_num_seqs=2)
