@@ -96,7 +96,9 @@ def _http_measure(target: Target) -> Measure:
     def measure(workload: Workload, concurrency: int) -> dict[str, float]:
         summary = summarize(asyncio.run(run_workload(target, workload, concurrency=concurrency)))
         if summary.failed:
-            raise RuntimeError(f"{summary.failed} requests failed at {target.url}: {summary.first_error}")
+            raise RuntimeError(
+                f"{summary.failed} requests of {target.model!r} failed at {target.url}: {summary.first_error}"
+            )
         return {
             "output_tokens_per_s": summary.output_tokens_per_s,
             "ttft_p50_ms": summary.ttft_ms["p50"],
