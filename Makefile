@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: install serve test test-all lint bench gpu clean
+.PHONY: install serve test test-all fuzz lint bench gpu clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,9 @@ test: $(VENV)/.dev lint  ## what CI runs; at most 15 minutes on two cores
 
 test-all: $(VENV)/.dev lint  ## the long proofs too
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+fuzz: $(VENV)/.dev  ## thousands of cases against our own OpenAPI document; part of test-all
+	$(BIN)/python -m pytest -m slow tests/server/test_schemathesis.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

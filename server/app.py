@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.routing import APIRoute
@@ -16,19 +17,39 @@ from engine.config import Config
 from engine.errors import KvasirError
 from engine.metrics import Metrics
 from engine.version import __version__
-from server import chat, completions, health, models, tokenize
+from server import (
+    adapters,
+    admin,
+    cache_admin,
+    chat,
+    completions,
+    health,
+    models,
+    openapi,
+    tokenize,
+)
 from server.auth import AuthGuard, load_keys, route_path
+from server.batches import routes as batches
+from server.batches.worker import working
 from server.context import ServerContext
 from server.engine_api import Engine
 from server.errors import ApiError, ClientDisconnected, to_api_error
+from server.files import routes as files
+from server.files.storage import Storage
+from server.messages import routes as messages
 from server.middleware import CLIENT_CLOSED_REQUEST, Observe, RouteLabels
 from server.monitor import monitor
+from server.pooling import embeddings, scoring
+from server.responses import routes as responses
 
 
 def make_context(engine: Engine, config: Config) -> ServerContext:
-    """What all routes share. Raises ConfigError for API keys that cannot be used."""
+    """What all routes share. Raises ConfigError for API keys or a data folder that cannot be used."""
     metrics = Metrics(engine.model_names[0], compat=config.server.metrics_compat)
-    return ServerContext(engine, config, metrics, load_keys(config.server))
+    folder = config.server.data_folder
+    storage = Storage(Path(folder), config) if folder is not None else None
+    keyring = load_keys(config.server, storage.database.secret if storage is not None else None)
+    return ServerContext(engine, config, metrics, keyring, storage)
 
 
 def create_app(engine: Engine, config: Config, context: ServerContext | None = None) -> ASGIApp:
@@ -43,12 +64,18 @@ def create_app(engine: Engine, config: Config, context: ServerContext | None = N
         redoc_url=None,
         redirect_slashes=False,
     )
-    routers = [module.routes(context) for module in (chat, completions, models, tokenize, health)]
+    modules = (
+        *(chat, completions, responses, messages, embeddings, scoring, models, adapters, tokenize, health),
+        *(files, batches, admin, cache_admin),
+    )
+    routers = [module.routes(context) for module in modules]
     if config.server.metrics_port is None:
         routers.append(health.metrics_routes(context))
     for router in routers:
         api.include_router(router)
+    context.api = api
     templates = _declare_routes(routers, context.metrics)
+    openapi.install(api)
     _handle_errors(api, context, templates)
     app: ASGIApp = AuthGuard(api, context.keyring, context.metrics)
     if config.server.cors_origins:
@@ -56,8 +83,8 @@ def create_app(engine: Engine, config: Config, context: ServerContext | None = N
         app = CORSMiddleware(
             app,
             allow_origins=config.server.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id"],
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id", "Anthropic-Version"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     return Observe(app, context.metrics, RouteLabels(templates), config.limits)
@@ -75,10 +102,13 @@ def _lifespan(context: ServerContext) -> Callable[[FastAPI], contextlib.Abstract
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = context.engine
         engine.on_stats = context.metrics.engine.update
+        engine.on_timing = context.metrics.http.observe_text
+        engine.on_constraint = context.metrics.grammar.observe
         await engine.start()
         watcher = asyncio.create_task(monitor(context))
         try:
-            yield
+            async with working(context):
+                yield
         finally:
             watcher.cancel()
             await engine.stop(0.0)
@@ -100,11 +130,11 @@ def _handle_errors(api: FastAPI, context: ServerContext, templates: list[str]) -
         api_error = to_api_error(error, request.state.request_id)
         if api_error.reason is not None:
             context.metrics.http.rejected(api_error.reason)
-        return api_error.response()
+        return api_error.response(route_path(request.scope))
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return _routing_error(request, error, known).response()
+        return _routing_error(request, error, known).response(route_path(request.scope))
 
     async def left(request: Request, error: Exception) -> Response:
         request.state.is_disconnected = True

@@ -1,4 +1,4 @@
-"""The `kvasir` command: serve, chat, complete, bench, version. Translates flags into calls; decides nothing else."""
+"""The `kvasir` command: serve, batch, chat, complete, bench, version. Translates flags into calls; no more."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from engine import logs
 from engine.config import Config
 from engine.config_load import add_flags, load, unknown_variables
 from engine.errors import ConfigError
@@ -17,7 +19,6 @@ from engine.version import __version__
 logger = logging.getLogger("server.cli")
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +58,21 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(serve)
     serve.set_defaults(run=_serve)
 
+    batch = commands.add_parser(
+        "batch",
+        allow_abbrev=False,
+        usage="kvasir batch [-h] -o OUT [--config FILE] [OPTIONS] FILE",
+        help="run a file of requests without a server",
+        description="Run a file of requests (JSONL, as for /v1/batches) without a server. Started again with the same "
+        "OUT it goes on where it was interrupted, and tries errors again. Options are those of `kvasir serve`. Exit "
+        "code: 0 when all requests have answers, 1 when some have errors.",
+    )
+    batch.add_argument("file", metavar="FILE", help="one request per line: custom_id, method, url, body")
+    batch.add_argument("-o", "--output", metavar="OUT", required=True, help="where the results go")
+    batch.add_argument("--config", metavar="CONFIG", help="TOML file, see configs/")
+    add_flags(batch)
+    batch.set_defaults(run=_batch, positional_model=None)
+
     chat = commands.add_parser("chat", allow_abbrev=False, help="talk to a running server in the terminal")
     _add_client_flags(chat)
     chat.add_argument("--system", help="system message")
@@ -88,12 +104,20 @@ def _add_client_flags(parser: argparse.ArgumentParser) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     config = _config_of(arguments)
-    logging.basicConfig(level=config.server.log_level.upper(), format=LOG_FORMAT)
+    logs.setup(config.server.log_level, config.server.log_format)
     for name in unknown_variables(os.environ):
         logger.warning("%s is not an option and has no effect; `kvasir serve --help` lists them", name)
     from server.lifecycle import run
 
     return run(config)
+
+
+def _batch(arguments: argparse.Namespace) -> int:
+    config = _config_of(arguments)
+    logs.setup("warning" if config.server.log_level == "info" else config.server.log_level, config.server.log_format)
+    from server.batches.command import run
+
+    return run(config, Path(arguments.file), Path(arguments.output))
 
 
 def _config_of(arguments: argparse.Namespace) -> Config:

@@ -12,17 +12,17 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from engine.errors import InvalidParameter
-from engine.types import GenerationRequest, LogprobEntry, ModelInfo, TextOutput
+from engine.types import ChatPrompt, GenerationRequest, LogprobEntry, ModelInfo, TextOutput
 from server import logprobs
 from server.body import read_object
 from server.context import ServerContext
 from server.engine_api import Engine
 from server.generation import Generation
+from server.http_responses import json_response
 from server.outputs import Piece, UsageCounter
-from server.responses import json_response
 from server.sampling import check_ids, request_options, sampling_params
 from server.schemas import DEFAULT_COMPLETION_TOKENS, CompletionRequest, Prompt
-from server.sse import encode, frame, start_stream
+from server.sse import TextFrames, frame, stream_answer
 from server.validation import parse
 
 
@@ -36,14 +36,14 @@ def routes(context: ServerContext) -> APIRouter:
         fields = parse(CompletionRequest, body, context.config.limits, context.metrics)
         fields.check()
         _check_sizes(fields, info, context.config.limits.max_total_choices)
-        model = context.resolve_model(fields.model)
-        requests = _generation_requests(fields, info, context, request)
+        model = context.resolve_model(fields.model, with_adapters=True)
+        requests = _generation_requests(fields, model, info, context, request)
+        if fields.suffix:
+            requests = [await _infilled(given, fields.suffix, context.engine) for given in requests]
         echoes = [await _echo(prompt, fields, context.engine) for prompt in fields.prompts] if fields.echo else []
-        writer = CompletionWriter(fields, model, context.fingerprint, echoes)
+        writer = CompletionWriter(fields, model, context.fingerprint_of(model), echoes)
         if fields.stream:
-            limit = context.config.limits.max_unsent_bytes
-            generation = Generation(context, requests, request.receive, max_unsent_bytes=limit)
-            return await start_stream(generation, writer, context.config.server.sse_ping_s)
+            return await stream_answer(context, requests, request, writer, answer_id=writer.answer_id)
         async with Generation(context, requests, request.receive) as generation:
             return json_response(writer.whole(await generation.collect()))
 
@@ -71,7 +71,7 @@ def _check_sizes(fields: CompletionRequest, info: ModelInfo, max_total: int) -> 
 
 
 def _generation_requests(
-    fields: CompletionRequest, info: ModelInfo, context: ServerContext, request: Request
+    fields: CompletionRequest, model: str, info: ModelInfo, context: ServerContext, request: Request
 ) -> list[GenerationRequest]:
     max_tokens = DEFAULT_COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens
     needs_score = fields.num_generated > fields.n
@@ -90,12 +90,24 @@ def _generation_requests(
             num_choices=fields.num_generated,
             add_special_tokens=fields.add_special_tokens,
             prompt_param="prompt" if len(fields.prompts) == 1 else f"prompt.{index}",
+            adapter=context.adapter_of(model),
             tenant=request.state.tenant,
-            client_request_id=request.state.request_id,
+            client_request_id=fields.request_id or fields.rid or request.state.request_id,
             **request_options(fields, context.config),
         )
         for index, prompt in enumerate(fields.prompts)
     ]
+
+
+async def _infilled(request: GenerationRequest, suffix: str, engine: Engine) -> GenerationRequest:
+    """The same request for the text between its prompt and `suffix`."""
+    assert not isinstance(request.prompt, ChatPrompt)
+    ids, end_ids = await engine.infill(
+        request.prompt, suffix, add_special_tokens=request.add_special_tokens, param=request.prompt_param
+    )
+    stop_ids = (*request.sampling.stop_token_ids, *end_ids)
+    sampling = msgspec.structs.replace(request.sampling, stop_token_ids=stop_ids)
+    return msgspec.structs.replace(request, prompt=ids, sampling=sampling)
 
 
 async def _echo(prompt: Prompt, fields: CompletionRequest, engine: Engine) -> Echo:
@@ -116,8 +128,9 @@ class CompletionWriter:
         self._fields = fields
         self._echoes = echoes
         self._usage = UsageCounter()
+        self.answer_id = f"cmpl-{secrets.token_hex(16)}"
         self._head = {
-            "id": f"cmpl-{secrets.token_hex(16)}",
+            "id": self.answer_id,
             "object": "text_completion",
             "created": int(time.time()),
             "model": model,
@@ -130,10 +143,10 @@ class CompletionWriter:
         self._logprobs: dict[int, logprobs.CompletionLogprobs] = {}
         self._prompt_logprobs: dict[int, list[LogprobEntry | None]] = {}  # they come once per prompt
         self._started: set[int] = set()
-        self._prefix = b"data: " + encode(self._head)[:-1] + b',"choices":[{"index":'
-        self._suffix = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]' + (
-            b',"usage":null}\n\n' if self._has_usage else b"}\n\n"
+        rest = b',"logprobs":null,"finish_reason":null,"stop_reason":null}]' + (
+            b',"usage":null' if self._has_usage else b""
         )
+        self._text_frame = TextFrames(self._head, '"text":', rest)
         self._is_plain = not (
             self._is_usage_continuous or fields.logprobs is not None or fields.return_token_ids or self._is_scoring
         )
@@ -162,7 +175,7 @@ class CompletionWriter:
         is_end = output.finish_reason is not None
         if self._is_plain and not is_end:
             if output.text:
-                frames.append(b'%b%d,"text":%b%b' % (self._prefix, choice_index, encode(output.text), self._suffix))
+                frames.append(self._text_frame(choice_index, output.text))
         elif is_end or ((output.token_ids or output.text) and not self._is_scoring):
             choice = self._own_choice(choice_index, output)
             if is_first and not self._echoes and self._fields.return_token_ids:

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine import errors
+from server.anthropic_errors import envelope, is_anthropic
 
 MAX_MESSAGE_BYTES = 2048  # the whole error body stays under 4 KiB, whatever gets escaped
 MAX_RETRY_AFTER_S = 30
@@ -18,6 +19,7 @@ LINGER_BYTES = 64 * 1024 * 1024
 
 # the first class that matches decides
 _TABLE: tuple[tuple[type[Exception], int, str], ...] = (
+    (errors.Conflict, 409, "conflict"),
     (errors.RequestError, 400, "invalid_request_error"),
     (errors.RateLimited, 429, "rate_limit_error"),
     (errors.QueueFull, 429, "rate_limit_error"),
@@ -25,13 +27,22 @@ _TABLE: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.CapacityError, 503, "server_overloaded"),
     (errors.DeadlineExceeded, 504, "timeout_error"),
     (errors.EngineDead, 503, "server_error"),
+    (errors.Aborted, 503, "server_error"),
     (errors.EngineError, 500, "server_error"),
 )
-_STATUS_OF_CODE = {"model_not_found": 404}
+_STATUS_OF_CODE = dict.fromkeys(
+    (
+        *("model_not_found", "response_not_found", "previous_response_not_found", "item_not_found"),
+        *("file_not_found", "files_not_found", "batch_not_found", "batches_not_found"),
+    ),
+    404,
+)
 _REASON_OF_CODE = {
     "invalid_api_key": "auth",
     "rate_limit_exceeded": "rate_limit",
     "queue_full": "queue_full",
+    "queue_tokens_full": "queue_tokens",
+    "sleeping": "sleeping",
     "draining": "draining",
     "loading": "loading",
     "context_length_exceeded": "context_length",
@@ -73,11 +84,12 @@ class ApiError(Exception):
             return _REASON_OF_CODE[code]
         return "validation" if self.status < 500 else None
 
-    def body(self) -> dict[str, Any]:
-        return {"error": self.error}
+    def body(self, path: str = "") -> dict[str, Any]:
+        """In the form that clients of the route at `path` read; the OpenAI form is that of most."""
+        return envelope(self.status, self.error) if is_anthropic(path) else {"error": self.error}
 
-    def response(self) -> Response:
-        content = msgspec.json.encode(self.body())
+    def response(self, path: str = "") -> Response:
+        content = msgspec.json.encode(self.body(path))
         kind = LingeringResponse if self.close else Response
         return kind(content, status_code=self.status, headers=self.headers, media_type="application/json")
 
@@ -116,7 +128,7 @@ def to_api_error(error: Exception, request_id: str = "") -> ApiError:
                 headers["Retry-After"] = str(min(max(int(error.retry_after_s), 1), MAX_RETRY_AFTER_S))
             elif isinstance(error, errors.EngineDead):
                 headers["Retry-After"] = "5"
-            elif status >= 500:
+            elif status >= 500 or status == 409:
                 headers["x-should-retry"] = "false"  # the same request would fail again, or cost as much again
             return ApiError(
                 _STATUS_OF_CODE.get(str(code), status),

@@ -82,6 +82,29 @@ def between(low: float, high: float | str, *, above: bool = False) -> AfterValid
     return AfterValidator(check)
 
 
+def at_most(limit_name: str, *, low: int = 0) -> BeforeValidator:
+    """Counts before anything inside is looked at."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        limit = limit_of(info, limit_name)
+        if isinstance(value, list) and not low <= len(value) <= limit:
+            raise wrong_value(f"must have {low} to {limit} entries")
+        return value
+
+    return BeforeValidator(check)
+
+
+def one_of(*allowed: str) -> BeforeValidator:
+    """One of a few words."""
+
+    def check(value: Any) -> Any:
+        if value not in allowed:
+            raise wrong_value(f"must be one of {', '.join(allowed)}")
+        return value
+
+    return BeforeValidator(check)
+
+
 def _seed(value: int) -> int:
     if not INT64_MIN <= value <= INT64_MAX:
         raise wrong_value("must fit into 64 bits")
@@ -182,6 +205,7 @@ def _template_kwargs(value: Any, info: ValidationInfo) -> dict[str, Any]:
     return {name: item for name, item in value.items() if item is not None}
 
 
+TokenIds = Annotated[list[int], BeforeValidator(token_ids)]
 Seed = Annotated[Integer, AfterValidator(_seed)]
 Label = Annotated[Text, AfterValidator(_label)]
 ShortText = Annotated[Text, AfterValidator(_short)]

@@ -8,11 +8,12 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 
 from engine.errors import EngineError
-from engine.types import GenerationRequest, SamplingParams
+from engine.types import GenerationRequest, PoolingRequest, SamplingParams
 from engine.version import __version__
 from server.context import LOADING_PHASES, LOADING_RETRY_S, ServerContext
 from server.generation import Generation
-from server.responses import json_response
+from server.http_responses import json_response
+from server.pooling.run import PoolingRun
 
 PROBE_TIMEOUT_S = 10.0
 PROBE_PRIORITY = -(2**31) + 1  # a deep check must not wait behind a long queue
@@ -31,29 +32,36 @@ def routes(context: ServerContext) -> APIRouter:
     @router.head("/readyz", include_in_schema=False)
     @router.get("/ready", include_in_schema=False)
     async def readyz() -> Response:
-        """Requests are accepted right now."""
-        return _status(context, is_good=context.is_ready)
+        """Requests are accepted right now, and the engine shows life."""
+        return _status(context, is_good=context.is_responsive)
 
     @router.get("/health")
     @router.head("/health", include_in_schema=False)
     @router.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)
     async def health() -> Response:
-        """The engine is loaded and alive; also while it drains, so that a draining server is not killed."""
-        return _status(context, is_good=context.engine.state.is_ready)
+        """The engine is loaded and alive; also while it drains or sleeps, so that the server is not killed then."""
+        state = context.engine.state
+        return _status(context, is_good=state.is_ready or state.phase == "sleeping")
 
     @router.get("/health_generate")
     async def health_generate(request: Request) -> Response:
-        """Deep check: one token through the engine."""
+        """Deep check: one token through the engine, or one input when the model generates none."""
         info = context.require_ready()
-        probe = GenerationRequest(
-            prompt=[info.eos_token_ids[0] if info.eos_token_ids else 0],
-            sampling=SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True),
-            priority=PROBE_PRIORITY,
-            client_request_id=request.state.request_id,
-        )
+        prompt = [info.eos_token_ids[0] if info.eos_token_ids else 0]
+        label = request.state.request_id
         try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S), Generation(context, [probe], request.receive) as generation:
-                await generation.collect()
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                if info.pooling is not None and not info.can_generate:
+                    task = info.pooling.tasks[0]
+                    pooled = PoolingRequest(prompt=prompt, task=task, priority=PROBE_PRIORITY, client_request_id=label)
+                    await PoolingRun(context, [pooled], request.receive).collect()
+                else:
+                    sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+                    probe = GenerationRequest(
+                        prompt=prompt, sampling=sampling, priority=PROBE_PRIORITY, client_request_id=label
+                    )
+                    async with Generation(context, [probe], request.receive) as generation:
+                        await generation.collect()
         except TimeoutError:
             raise EngineError(f"the engine did not generate a token within {PROBE_TIMEOUT_S:g} seconds") from None
         return json_response({"status": "ok"})

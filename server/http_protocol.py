@@ -1,4 +1,8 @@
-"""uvicorn's h11 protocol with what it lacks: time limits for slow senders and slow readers, and JSON refusals."""
+"""uvicorn's h11 protocol with what it lacks: time limits for slow senders and readers, JSON refusals, fast streams.
+
+h11 and not httptools: only h11 bounds the size of a request head. Its cost per request is small; the cost per event of
+a stream is what counts, and there an application may write past it, see WRITE_EXTENSION.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,17 @@ import asyncio
 from typing import ClassVar
 
 import h11
+import msgspec
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from engine.config import Limits
 from server.errors import ApiError
-from server.sse import encode
+
+# In `scope["extensions"]`, for answers whose head has been sent without a length: a function that writes one part of
+# the body at once, past all layers. It returns False, and has written nothing, when the application must use `send`:
+# the socket takes no more for now, or the client is gone.
+WRITE_EXTENSION = "kvasir.write"
 
 
 class TimedProtocol(H11Protocol):
@@ -23,7 +33,21 @@ class TimedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._wrapped = self.app
+        self.app = self._run_app
         self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._head_is_late)
+
+    async def _run_app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["http_version"] == "1.1":  # older clients get no chunks
+            scope["extensions"] = {WRITE_EXTENSION: self._write}
+        await self._wrapped(scope, receive, send)
+
+    def _write(self, data: bytes) -> bool:
+        """One chunk of chunked transfer coding, which h11 keeps no state about."""
+        if self.flow.write_paused or self.conn.our_state is not h11.SEND_BODY or self.transport.is_closing():
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
@@ -100,7 +124,7 @@ class TimedProtocol(H11Protocol):
     def _refuse(self, status: int, message: str, code: str) -> None:
         """Answers without the application, and closes."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = encode(ApiError(status, message, code=code).body())
+            body = msgspec.json.encode(ApiError(status, message, code=code).body())
             headers = [
                 ("content-type", "application/json"),
                 ("content-length", str(len(body))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ class CompletionLogprobs:
         self._num_top = num_top
         self._as_ids = as_ids
         self._offset = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # tokens may be parts of a character
 
     def take(self, entries: Sequence[LogprobEntry | None], first: FirstToken | None = None) -> dict[str, Any]:
         """`first` stands in for an entry of None, which the first token of a prompt has."""
@@ -52,7 +54,7 @@ class CompletionLogprobs:
             token_logprobs.append(None if entry is None else _finite(entry.logprob))
             tops.append(None if entry is None else self._top(entry))
             offsets.append(self._offset)
-            self._offset += known.width if isinstance(known, FirstToken) else len(known.token)
+            self._offset += known.width if isinstance(known, FirstToken) else len(self._decoder.decode(known.data))
         return {
             "tokens": tokens,
             "token_logprobs": token_logprobs,

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.config import Limits
 from engine.metrics import OTHER, Metrics
+from server.anthropic_errors import is_anthropic
 from server.auth import route_path
 from server.errors import ApiError, ClientDisconnected, to_api_error
 
@@ -32,12 +33,24 @@ class RouteLabels:
     def __init__(self, templates: Iterable[str]) -> None:
         templates = list(templates)
         self._exact = {template for template in templates if "{" not in template}
-        self._prefixes = [(template.partition("{")[0], template) for template in templates if "{" in template]
+        patterns = [(_prefix(template), _suffix(template), template) for template in templates if "{" in template]
+        self._patterns = sorted(patterns, key=lambda pattern: len(pattern[1]), reverse=True)
 
     def of(self, path: str) -> str:
         if path in self._exact:
             return path
-        return next((template for prefix, template in self._prefixes if path.startswith(prefix)), OTHER)
+        return next(
+            (template for head, tail, template in self._patterns if path.startswith(head) and path.endswith(tail)),
+            OTHER,
+        )
+
+
+def _prefix(template: str) -> str:
+    return template.partition("{")[0]
+
+
+def _suffix(template: str) -> str:
+    return template.rpartition("}")[2]
 
 
 class Observe:
@@ -62,6 +75,8 @@ class Observe:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": _complete(message.get("headers", ()), request_id)}
+                if is_anthropic(route_path(scope)):
+                    message["headers"].append((b"request-id", request_id.encode("ascii")))
             await send(message)
 
         route = self._labels.of(route_path(scope))
@@ -74,7 +89,7 @@ class Observe:
         except Exception as error:
             logger.exception("request %s failed", request_id)
             if not status:
-                await to_api_error(error, request_id).response()(scope, receive, send_with_headers)
+                await to_api_error(error, request_id).response(route_path(scope))(scope, receive, send_with_headers)
         finally:
             if scope["state"].get("is_disconnected"):
                 status = CLIENT_CLOSED_REQUEST
@@ -84,7 +99,7 @@ class Observe:
         refusal = self._check_head(scope)
         if refusal is not None:
             self._metrics.http.rejected("other")
-            await refusal.response()(scope, receive, send)
+            await refusal.response(route_path(scope))(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

@@ -8,6 +8,7 @@ from typing import Any
 from engine.config import Config
 from engine.errors import InvalidParameter
 from engine.types import ModelInfo, SamplingParams
+from server.constraints import constraint_of
 from server.schemas import SamplingFields
 
 NEUTRAL = SamplingParams()
@@ -36,12 +37,15 @@ def sampling_params(
     ):
         check_ids(ids, info.logits_size, name)
     temperature = _default(fields, info, "temperature")
+    top_k, top_p = max(_default(fields, info, "top_k"), 0), _default(fields, info, "top_p")
+    if top_p == 0:  # only the best token: what a vanishing share would leave
+        top_k, top_p = 1, 1.0
     return SamplingParams(
         max_tokens=max_tokens or 0,
         min_tokens=fields.min_tokens,
         temperature=0.0 if temperature < GREEDY_BELOW else temperature,
-        top_k=max(_default(fields, info, "top_k"), 0),
-        top_p=_default(fields, info, "top_p"),
+        top_k=top_k,
+        top_p=top_p,
         min_p=_default(fields, info, "min_p"),
         typical_p=_default(fields, info, "typical_p"),
         presence_penalty=fields.presence_penalty,
@@ -63,13 +67,15 @@ def request_options(fields: SamplingFields, config: Config) -> dict[str, Any]:
     return {
         "seed_given": fields.seed is not None and fields.seed != -1,
         "stop": fields.stop,
-        "include_stop_str_in_output": fields.include_stop_str_in_output,
+        "include_stop_str_in_output": fields.include_stop_str_in_output or fields.no_stop_trim,
         "skip_special_tokens": fields.skip_special_tokens,
         "spaces_between_special_tokens": fields.spaces_between_special_tokens,
         "bad_words": fields.bad_words,
         "truncate_prompt_tokens": fields.truncate_prompt_tokens,
+        "truncation_side": fields.truncation_side,
         "priority": fields.priority,
-        "cache_salt": fields.cache_salt or "",
+        "cache_salt": fields.salt,
+        "constraint": constraint_of(fields),
         "deadline_s": limit_s if fields.timeout is None else min(fields.timeout, limit_s),
     }
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo
 
 from engine.errors import InvalidParameter
+from server.constraints import ConstraintFields
 from server.fields import (
     INT32_MAX,
     AllowedTokenIds,
@@ -24,12 +25,15 @@ from server.fields import (
     StopTokenIds,
     TemplateKwargs,
     Text,
+    at_most,
     between,
     limit_of,
+    one_of,
     token_ids,
     wrong_type,
     wrong_value,
 )
+from server.tool_schemas import Choice, Tools
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -42,14 +46,14 @@ class StreamOptions(Body):
     include_obfuscation: Flag = False  # accepted, has no meaning here
 
 
-class SamplingFields(Body):
+class SamplingFields(ConstraintFields):
     """What chat and text completions have in common. None: not given, so the model's own default applies."""
 
     model: Text | None = None
     max_tokens: Annotated[Integer, between(0, INT32_MAX)] | None = None
     min_tokens: Annotated[Integer, between(0, INT32_MAX)] = 0
     temperature: Annotated[Number, between(0, 2)] | None = None
-    top_p: Annotated[Number, between(0, 1, above=True)] | None = None
+    top_p: Annotated[Number, between(0, 1)] | None = None  # 0: only the best token
     top_k: Annotated[Integer, between(-1, INT32_MAX)] | None = None
     min_p: Annotated[Number, between(0, 1)] | None = None
     typical_p: Annotated[Number, between(0, 1, above=True)] | None = None
@@ -61,6 +65,7 @@ class SamplingFields(Body):
     stop: StopStrings = ()
     stop_token_ids: StopTokenIds = ()
     include_stop_str_in_output: Flag = False
+    no_stop_trim: Flag = False  # SGLang's name for it
     ignore_eos: Flag = False
     skip_special_tokens: Flag = True
     spaces_between_special_tokens: Flag = True
@@ -69,8 +74,12 @@ class SamplingFields(Body):
     bad_words: BadWords = ()
     prompt_logprobs: Annotated[Integer, between(0, "max_top_logprobs")] | None = None
     truncate_prompt_tokens: Annotated[Integer, between(-1, INT32_MAX)] | None = None
+    truncation_side: Annotated[Literal["left", "right"], one_of("left", "right")] = "left"  # where tokens are dropped
     priority: Annotated[Integer, between(-INT32_MAX, INT32_MAX)] = 0
     cache_salt: Label | None = None
+    extra_key: Label | None = None  # SGLang's name for it; both together are a salt of their own
+    request_id: Label | None = None  # instead of the X-Request-Id header, for operators' aborts
+    rid: Label | None = None  # SGLang's name for it
     timeout: Annotated[Number, between(0, 86400, above=True)] | None = None
     echo: Flag = False
     stream: Flag = False
@@ -84,6 +93,13 @@ class SamplingFields(Body):
     metadata: Metadata | None = None
     store: Flag | None = None
     service_tier: Text | None = None
+    session_id: ShortText | None = None
+    prompt_cache_retention: Text | None = None
+    stream_interval: Annotated[Integer, between(1, INT32_MAX)] | None = None  # chunks follow the reader's speed
+
+    @property
+    def salt(self) -> str:
+        return ":".join(part for part in (self.cache_salt, self.extra_key) if part)
 
     def check(self) -> None:
         """Rules between fields. Raises InvalidParameter."""
@@ -104,7 +120,7 @@ class ToolCallFunction(Body):
 
 class ToolCall(Body):
     id: Text | None = None
-    type: Text = "function"
+    type: Annotated[str, one_of("function")] = "function"
     function: ToolCallFunction
 
 
@@ -126,25 +142,17 @@ class ContentPart(Body):
     refusal: Text | None = None
 
 
-def _at_most(limit_name: str, *, low: int = 0) -> BeforeValidator:
-    """Counts before anything inside is looked at."""
-
-    def check(value: Any, info: ValidationInfo) -> Any:
-        limit = limit_of(info, limit_name)
-        if isinstance(value, list) and not low <= len(value) <= limit:
-            raise wrong_value(f"must have {low} to {limit} entries")
-        return value
-
-    return BeforeValidator(check)
-
-
 def _check_role(value: Any) -> Any:
     if value not in ROLES:
         raise wrong_value(f"must be one of {', '.join(ROLES)}")
     return value
 
 
-Parts = Annotated[list[ContentPart], Field(fail_fast=True), _at_most("max_content_parts")]
+def _refuse_function_call(value: Any) -> Any:
+    raise wrong_value("was replaced by tool_calls; send those")
+
+
+Parts = Annotated[list[ContentPart], Field(fail_fast=True), at_most("max_content_parts")]
 Content = Annotated[
     Annotated[Text, Tag("#text")] | Annotated[Parts, Tag("#parts")],
     Discriminator(
@@ -160,10 +168,11 @@ class Message(Body):
     content: Content | None = None
     name: Text | None = None
     tool_call_id: Text | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True), _at_most("max_tools")] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True), at_most("max_tools")] | None = None
     reasoning: Text | None = None
     reasoning_content: Text | None = None
     refusal: Text | None = None
+    function_call: Annotated[None, BeforeValidator(_refuse_function_call)] = None
 
     def for_template(self) -> dict[str, Any]:
         """As a plain dict without absent fields; `content` is always there."""
@@ -183,6 +192,12 @@ def _check_effort(value: Any) -> Any:
     return value
 
 
+def _documents(value: Any) -> Any:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise wrong_type("an array of objects, for instance with title and text")
+    return value
+
+
 def _check_modalities(value: Any) -> Any:
     if value != ["text"]:
         raise wrong_value('must be ["text"]: this model writes text only')
@@ -192,11 +207,16 @@ def _check_modalities(value: Any) -> Any:
 class ChatFields(Body):
     """The part of a chat request that says what the model reads; /tokenize takes it too."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True), _at_most("max_messages", low=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True), at_most("max_messages", low=1)]
     add_generation_prompt: Flag | None = None
     continue_final_message: Flag = False
     chat_template_kwargs: TemplateKwargs = Field(default_factory=dict)
     reasoning_effort: Annotated[str, BeforeValidator(_check_effort)] | None = None
+    verbosity: Annotated[str, one_of("low", "medium", "high")] | None = None  # for templates that know it
+    chat_template: Text | None = None
+    documents: Annotated[list[dict[str, Any]], BeforeValidator(_documents), at_most("max_tools")] | None = None
+    tools: Tools | None = None
+    tool_choice: Choice | None = None
 
     def check_prompt(self) -> None:
         """Raises InvalidParameter."""
@@ -211,13 +231,30 @@ class ChatFields(Body):
             )
 
 
+ThinkingBudget = Annotated[Integer, between(-1, INT32_MAX)]
+
+
 class ChatRequest(SamplingFields, ChatFields):
     max_completion_tokens: Annotated[Integer, between(1, INT32_MAX)] | None = None
     logprobs: Flag = False
     top_logprobs: Annotated[Integer, between(0, "max_top_logprobs")] | None = None
     add_special_tokens: Flag = False  # templates bring their own
     modalities: Annotated[list[str], BeforeValidator(_check_modalities)] | None = None
-    parallel_tool_calls: Flag | None = None
+    parallel_tool_calls: Flag = True
+    include_reasoning: Flag = True  # False: the thinking is left out of the answer
+    separate_reasoning: Flag = True  # False: the thinking stays in the content
+    stream_reasoning: Flag = True  # False: the thinking comes in one piece
+    thinking_budget: ThinkingBudget | None = None
+    thinking_token_budget: ThinkingBudget | None = None  # vLLM's name
+    thinking_budget_tokens: ThinkingBudget | None = None  # llama.cpp's name
+    prediction: Any = None  # a hint that could only change speed
+
+    @property
+    def max_thinking_tokens(self) -> int | None:
+        """Of the names for the thinking budget the one that was given; None: no bound."""
+        given = (self.thinking_budget, self.thinking_token_budget, self.thinking_budget_tokens)
+        budget = next((value for value in given if value is not None), -1)
+        return None if budget < 0 else budget
 
     def check(self) -> None:
         super().check()
@@ -260,6 +297,7 @@ class CompletionRequest(SamplingFields):
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_prompts)]
     best_of: Annotated[Integer, between(1, "max_choices")] | None = None
     logprobs: Annotated[Integer, between(0, "max_completion_logprobs")] | None = None
+    suffix: Text | None = None  # empty: nothing follows, an ordinary completion
     add_special_tokens: Flag = True
 
     @property
@@ -279,3 +317,6 @@ class CompletionRequest(SamplingFields):
             raise InvalidParameter("best_of above n cannot be streamed; leave out stream or best_of", param="best_of")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidParameter("max_tokens must be at least 1; 0 needs echo: true", param="max_tokens")
+        for name in ("echo", "truncate_prompt_tokens"):
+            if self.suffix and getattr(self, name):
+                raise InvalidParameter(f"suffix and {name} exclude each other; leave one out", param="suffix")

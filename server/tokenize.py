@@ -9,10 +9,10 @@ from pydantic import BeforeValidator
 
 from engine.errors import InvalidParameter
 from server.body import read_object
-from server.chat import chat_prompt
+from server.chat_pipeline import chat_prompt
 from server.context import ServerContext
 from server.fields import Body, Flag, Text, token_ids
-from server.responses import json_response
+from server.http_responses import json_response
 from server.sampling import check_ids
 from server.schemas import ChatFields
 from server.validation import parse
@@ -54,11 +54,14 @@ def routes(context: ServerContext) -> APIRouter:
         fields: ChatTokenizeRequest | TextTokenizeRequest
         if body.get("messages") is not None:
             fields = parse(ChatTokenizeRequest, body, limits, context.metrics)
-            tokens = await engine.tokenize(chat_prompt(fields), add_special_tokens=fields.add_special_tokens)
+            tokens = await engine.tokenize(
+                chat_prompt(fields, trusts_template=context.config.server.trust_request_chat_template),
+                add_special_tokens=fields.add_special_tokens,
+            )
         else:
             fields = parse(TextTokenizeRequest, body, limits, context.metrics)
             tokens = await engine.tokenize(_text(fields), add_special_tokens=_adds_special(fields))
-        context.resolve_model(fields.model)
+        context.resolve_model(fields.model, with_adapters=True)
         answer: dict[str, Any] = {"count": len(tokens), "max_model_len": info.max_model_len, "tokens": tokens}
         if fields.return_token_strs or fields.with_pieces:
             pieces = [engine.token_text(token) for token in tokens]
@@ -72,7 +75,7 @@ def routes(context: ServerContext) -> APIRouter:
     async def detokenize(request: Request) -> Response:
         info = context.require_ready()
         fields = parse(DetokenizeRequest, await read_object(request, limits), limits, context.metrics)
-        context.resolve_model(fields.model)
+        context.resolve_model(fields.model, with_adapters=True)
         check_ids(fields.tokens, info.vocab_size, "tokens")
         text = await engine.detokenize(fields.tokens)
         return json_response({"prompt": text, "content": text})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+from engine.logs import FIELDS
 from engine.metrics import RequestMetrics
 from engine.types import GenerationRequest, TextOutput
 
@@ -20,8 +21,7 @@ class RequestTracker:
         self._began_at = time.monotonic()
         self._first_at: float | None = None
         self._queued_s: float | None = None
-        self._last_at: dict[int, float] = {}
-        self._num_output: dict[int, int] = {}
+        self._last: dict[int, tuple[float, int]] = {}  # by choice: when tokens last came, how many there are
         self._num_prompt = 0
         self._num_cached = 0
         self._num_preemptions = 0
@@ -31,23 +31,24 @@ class RequestTracker:
     def has_output(self) -> bool:
         return self._first_at is not None
 
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and output, as far as known."""
+        return self._num_prompt + sum(count for _, count in self._last.values())
+
     def saw(self, output: TextOutput) -> None:
         """Called for every output, so it does little."""
         now = time.monotonic()
-        num_new = output.num_output_tokens - self._num_output.get(output.choice, 0)
-        last_at = self._last_at.get(output.choice)
-        if self._first_at is None:
-            self._first_output(now, output)
-        if last_at is not None and num_new > 0:
-            gap = (now - last_at) / num_new
-            for _ in range(num_new):
-                self._metrics.itl_seconds.observe(gap)
-        elif num_new > 1:
-            for _ in range(num_new - 1):
-                self._metrics.itl_seconds.observe(0.0)
-        if num_new > 0:
-            self._last_at[output.choice] = now
-            self._num_output[output.choice] = output.num_output_tokens
+        count = output.num_output_tokens
+        last = self._last.get(output.choice)
+        if last is not None:
+            last_at, num_before = last
+            if count > num_before:
+                num_new = count - num_before
+                self._metrics.itl_seconds.observe((now - last_at) / num_new, num_new)
+                self._last[output.choice] = (now, count)
+        elif count:
+            self._first_of_choice(now, count, output)
         if output.finish_reason is not None:
             self._num_preemptions += output.num_preemptions
             if output.finish_reason == "length":
@@ -57,7 +58,7 @@ class RequestTracker:
         """The end. Without a reason: "length" when any choice ended so, else "stop"."""
         now = time.monotonic()
         reason = reason or self._reason
-        metrics, num_output = self._metrics, sum(self._num_output.values())
+        metrics, num_output = self._metrics, sum(count for _, count in self._last.values())
         metrics.finished[reason].inc()
         metrics.e2e_seconds.observe(now - self._began_at)
         if reason == "timeout":
@@ -68,8 +69,8 @@ class RequestTracker:
             metrics.prompt_tokens.observe(self._num_prompt)
             metrics.cached_tokens.observe(self._num_cached)
             metrics.output_tokens.observe(num_output)
-            if num_output > len(self._num_output):
-                metrics.tpot_seconds.observe((now - self._first_at) / (num_output - len(self._num_output)))
+            if num_output > len(self._last):
+                metrics.tpot_seconds.observe((now - self._first_at) / (num_output - len(self._last)))
         logger.info(
             "request %s: prompt=%d cached=%d output=%d ttft_ms=%s total_ms=%.0f finish=%s",
             self._request.client_request_id,
@@ -79,7 +80,28 @@ class RequestTracker:
             "-" if self._first_at is None else f"{(self._first_at - self._began_at) * 1000:.0f}",
             (now - self._began_at) * 1000,
             reason,
+            extra={FIELDS: self._log_fields(now, num_output, reason)},
         )
+
+    def _log_fields(self, now: float, num_output: int, reason: str) -> dict[str, object]:
+        """The line's figures as members of a JSON log."""
+        ttft_s = None if self._first_at is None else self._first_at - self._began_at
+        return {
+            "request_id": self._request.client_request_id,
+            "prompt_tokens": self._num_prompt,
+            "cached_tokens": self._num_cached,
+            "output_tokens": num_output,
+            "ttft_ms": None if ttft_s is None else round(ttft_s * 1000, 3),
+            "total_ms": round((now - self._began_at) * 1000, 3),
+            "finish_reason": reason,
+        }
+
+    def _first_of_choice(self, now: float, count: int, output: TextOutput) -> None:
+        self._last[output.choice] = (now, count)
+        if count > 1:
+            self._metrics.itl_seconds.observe(0.0, count - 1)
+        if self._first_at is None:
+            self._first_output(now, output)
 
     def _first_output(self, now: float, output: TextOutput) -> None:
         self._first_at = now

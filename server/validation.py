@@ -10,26 +10,39 @@ from pydantic_core import ErrorDetails
 from engine.config import Limits
 from engine.errors import InvalidParameter, RequestError, UnsupportedParameter
 from engine.metrics import Metrics
+from server.constraints import CONSTRAINT_FIELDS
 from server.fields import Body
 
 MAX_PROBLEMS = 5
 
 # Fields that ask for something this server does not do. Ignoring them would give an answer that only looks right.
 _LATER = "is not supported by this server"
-_CONSTRAINT = "constrains the output, which this server does not support"
+_CONSTRAINT = "constrains the output in a way that this server does not support"
 UNSUPPORTED: dict[str, str] = {
-    **dict.fromkeys(("structured_outputs", "structural_tag", "grammar", "regex", "regex_schema"), _CONSTRAINT),
-    **dict.fromkeys(("ebnf", "json_schema", "guided_json", "guided_regex", "guided_choice"), _CONSTRAINT),
-    **dict.fromkeys(("guided_grammar", "guided_decoding", "stop_regex", "thinking_token_budget"), _CONSTRAINT),
+    **dict.fromkeys(("regex_schema", "guided_decoding", "stop_regex"), _CONSTRAINT),
     **dict.fromkeys(("repetition_detection", "logits_processors", "logit_processors"), _CONSTRAINT),
     "custom_logit_processor": "would run foreign code, which this server never does",
-    **dict.fromkeys(("tools", "functions", "function_call"), _LATER),
-    **dict.fromkeys(("suffix", "use_beam_search", "logprob_token_ids", "prompt_embeds"), _LATER),
-    **dict.fromkeys(("documents", "audio", "web_search_options", "mm_processor_kwargs"), _LATER),
+    "functions": "was replaced by tools; send those",
+    "function_call": "was replaced by tool_choice; send that",
+    **dict.fromkeys(("use_beam_search", "length_penalty", "logprob_token_ids", "prompt_embeds"), _LATER),
+    **dict.fromkeys(("top_n_sigma", "xtc_probability", "dry_multiplier", "mirostat"), _LATER),
+    **dict.fromkeys(("session_params", "vllm_xargs"), _LATER),
+    **dict.fromkeys(("audio", "web_search_options", "mm_processor_kwargs"), _LATER),
     **dict.fromkeys(("lora_path", "return_hidden_states", "kv_transfer_params"), _LATER),
     **dict.fromkeys(("kv_policy", "speculative"), _LATER),
-    "chat_template": "is chosen by the operator (--chat-template)",
 }
+# What asks for nothing, besides null and false.
+_NEUTRAL: dict[str, float] = {
+    "length_penalty": 1,
+    "top_n_sigma": -1,
+    "mirostat": 0,
+    "xtc_probability": 0,
+    "dry_multiplier": 0,
+}
+# Fields that change the answer of a chat request and have no meaning elsewhere.
+CHAT_ONLY = frozenset(
+    {"tools", "tool_choice", "documents", "chat_template", "thinking_budget", "thinking_token_budget"}
+)
 
 _TEXT_OF_TYPE = {
     "missing": "is required",
@@ -48,34 +61,38 @@ Request = TypeVar("Request", bound=Body)
 
 def parse(kind: type[Request], body: dict[str, Any], limits: Limits, metrics: Metrics) -> Request:
     """Raises InvalidParameter or UnsupportedParameter; counts fields that nobody knows."""
-    refuse_unsupported(body)
-    try:
-        request = kind.model_validate(body, context=limits)
-    except ValidationError as error:
-        raise _worded(error) from None
+    refuse_unsupported({name: value for name, value in body.items() if name not in kind.model_fields})
+    for name in CHAT_ONLY.difference(kind.model_fields):
+        if body.get(name) not in (None, "none"):
+            raise UnsupportedParameter(f"{name} belongs to chat requests; leave it out here", param=name)
+    for name in CONSTRAINT_FIELDS.difference(kind.model_fields):
+        if body.get(name) not in (None, False, {"type": "text"}):
+            raise UnsupportedParameter(f"{name} constrains generated text; leave it out here", param=name)
+    request = validated(kind, body, limits)
     num_unknown = sum(1 for name in body if name not in kind.model_fields and name not in _HARMLESS)
     if num_unknown:
         metrics.http.unknown_fields.inc(num_unknown)
     return request
 
 
+def validated(kind: type[Request], body: dict[str, Any], limits: Limits) -> Request:
+    """The schema alone. Raises InvalidParameter."""
+    try:
+        return kind.model_validate(body, context=limits)
+    except ValidationError as error:
+        raise _worded(error) from None
+
+
 # fields that are looked at here and need no place in a schema
-_HARMLESS = frozenset({*UNSUPPORTED, "response_format", "tool_choice"})
+_HARMLESS = frozenset({*UNSUPPORTED, "guided_decoding_backend"})
 
 
 def refuse_unsupported(body: dict[str, Any]) -> None:
-    """Raises UnsupportedParameter for a field that would have changed the answer. null and false ask for nothing."""
+    """Raises UnsupportedParameter for a field that would have changed the answer; neutral values ask for nothing."""
     for name, reason in UNSUPPORTED.items():
         value = body.get(name)
-        if value is not None and value is not False:
+        if value is not None and value is not False and value != _NEUTRAL.get(name):
             raise UnsupportedParameter(f"{name} {reason}; leave it out", param=name)
-    response_format = body.get("response_format")
-    if response_format is not None and response_format != {"type": "text"}:
-        raise UnsupportedParameter(
-            'response_format can only be {"type": "text"} here; leave it out', param="response_format"
-        )
-    if body.get("tool_choice") not in (None, "none"):
-        raise UnsupportedParameter('tool_choice can only be "none" here; leave it out', param="tool_choice")
 
 
 def _worded(error: ValidationError) -> RequestError:

@@ -80,7 +80,13 @@ async def call(asgi: ASGIApp, method: str, path: str, headers: dict[str, str]) -
     }
     sent: list[Message] = []
 
+    is_read = False
+
     async def receive() -> Message:
+        nonlocal is_read
+        if is_read:
+            await asyncio.Event().wait()  # the client stays
+        is_read = True
         return {"type": "http.request", "body": b"", "more_body": False}
 
     async def send(message: Message) -> None:

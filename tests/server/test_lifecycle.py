@@ -19,7 +19,7 @@ from engine.config import Config, RuntimeConfig, ServerConfig
 from engine.errors import ConfigError
 from server.lifecycle import bind, check_exposure, prepare
 from tests.fakes_engine import FakeEngine
-from tests.server.support import CHAT, HELLO, KEY, connection, eventually, make_config, parse_events
+from tests.server.support import CHAT, HELLO, KEY, app, connection, eventually, make_config, parse_events
 
 SLOW = ["x"] * 1000
 CHILD = """
@@ -71,9 +71,8 @@ async def test_after_the_drain_time_the_rest_gets_an_error() -> None:
         began_at = time.monotonic()
         server.on_signal()
         assert (await whole).status_code == 503
-        *_, failure, done = parse_events((await streamed).text)
+        *_, failure = parse_events((await streamed).text)
         assert failure["error"]["code"] == "draining"
-        assert done == "[DONE]"
     assert await serving == 0
     assert time.monotonic() - began_at < 10
     assert len(engine.aborted) == 2
@@ -195,3 +194,18 @@ def test_a_public_address_needs_keys_or_an_explicit_word() -> None:
         check_exposure(Config(server=ServerConfig(host=host, allow_unauthenticated=True)))
         with pytest.raises(ConfigError, match="faults"):
             check_exposure(Config(server=ServerConfig(host=host, api_keys=(KEY,)), runtime=RuntimeConfig(faults="x")))
+
+
+async def test_an_engine_that_is_not_heard_of_makes_the_server_unready_and_not_unhealthy() -> None:
+    engine = FakeEngine()
+    async with app(engine, make_config(ready_heartbeat_s=3.0)) as server:
+        assert (await server.http.get("/readyz")).status_code == 200
+        engine.heartbeat_age_s = 3.1
+        for path in ("/readyz", "/ready"):
+            answer = await server.http.get(path)
+            assert answer.status_code == 503
+            assert answer.json()["status"] == "unresponsive"
+        assert (await server.http.get("/health")).status_code == 200
+        assert (await server.chat()).status_code == 200, "requests wait for it all the same"
+        engine.heartbeat_age_s = 0.1
+        assert (await server.http.get("/readyz")).status_code == 200

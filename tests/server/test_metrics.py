@@ -163,3 +163,27 @@ async def test_a_port_of_its_own_replaces_the_route() -> None:
         # the background watch has described the model by now
         assert total(own.text, "kvasir_engine_config_info", block_size="16") == 1
         assert total(own.text, "kvasir_device_memory_bytes", kind="weights") == 1000
+
+
+async def test_text_work_is_timed_and_the_device_is_told_once_it_is_known() -> None:
+    async with app() as server:
+        server.context.metrics.http.observe_text("tokenize", 0.001)
+        server.context.metrics.http.observe_text("detokenize", 0.002)
+        text = await server.metrics()
+        assert "kvasir_tokenize_seconds_count 1.0" in text
+        assert "kvasir_detokenize_seconds_count 1.0" in text
+        assert 'kvasir_build_info{commit="' in text
+        info = server.context.engine.info
+        assert info is not None
+        server.context.metrics.engine.describe_model(info, {})
+        lines = [line for line in (await server.metrics()).splitlines() if line.startswith("kvasir_build_info{")]
+        assert len(lines) == 1
+        assert 'device="cpu"' in lines[0]
+
+
+async def test_a_queue_full_of_tokens_has_a_reason_of_its_own() -> None:
+    async with app(FakeEngine(error=errors.QueueTokensFull("full"))) as server:
+        assert (await server.chat()).status_code == 429
+        text = await server.metrics()
+        assert 'kvasir_http_rejections_total{reason="queue_tokens"} 1.0' in text
+        assert 'kvasir_http_rejections_total{reason="queue_full"} 0.0' in text

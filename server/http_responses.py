@@ -1,4 +1,4 @@
-"""JSON answers."""
+"""JSON answers, for all routes."""
 
 from __future__ import annotations
 
