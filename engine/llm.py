@@ -238,7 +238,6 @@ class LLM:
             abort=self._core.abort,
         )
 
-
     def _adapter(self, name: str) -> str:
         """The key of an adapter of the option `lora_adapters`. Raises ModelNotFound."""
         keys = {"": "", **{adapter.name: adapter.key for adapter in self.info.adapters}}

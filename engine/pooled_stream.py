@@ -9,10 +9,9 @@ import asyncio
 import time
 from collections.abc import Callable
 
-import msgspec
-
 from engine.error_codes import to_exception
 from engine.errors import KvasirError
+from engine.submission import with_time_left
 from engine.types import EngineRequest, PooledOutput, TokenOutput
 
 
@@ -64,11 +63,7 @@ class PooledStream:
 
     def to_send(self) -> EngineRequest:
         """The request for the core, with what is left of its time."""
-        deadline_s = self.request.deadline_s
-        if deadline_s is None:
-            return self.request
-        left_s = deadline_s - (time.monotonic() - self._created_s)
-        return msgspec.structs.replace(self.request, deadline_s=max(left_s, 0.0))
+        return with_time_left(self.request, self._created_s)
 
     def restart(self) -> None:
         """The engine process is gone; the next one will get the request from its beginning."""

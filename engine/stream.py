@@ -17,6 +17,7 @@ import msgspec
 from engine.error_codes import to_exception
 from engine.errors import EngineDead, KvasirError
 from engine.faults import Faults
+from engine.submission import with_time_left
 from engine.text.detokenizer import Decoded, Detokenizer
 from engine.text.parsed_output import ParsedOutput
 from engine.text.parsers import OutputParser
@@ -123,11 +124,7 @@ class RequestStream:
 
     def to_send(self) -> EngineRequest:
         """The request for the core, with what is left of its time."""
-        deadline_s = self.request.deadline_s
-        if deadline_s is None:
-            return self.request
-        left_s = deadline_s - (time.monotonic() - self._created_s)
-        return msgspec.structs.replace(self.request, deadline_s=max(left_s, 0.0))
+        return with_time_left(self.request, self._created_s)
 
     def restart(self) -> None:
         """The engine process is gone; the next one will get the request from its beginning."""

@@ -6,6 +6,7 @@ Pure functions; they know the model's figures and no text.
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -29,6 +30,14 @@ def truncate(token_ids: list[int], request: GenerationRequest, limit: int) -> li
         )
     keep = limit - 1 if keep == -1 else keep
     return token_ids[-keep:] if request.truncation_side == "left" else token_ids[:keep]
+
+
+def with_time_left(request: EngineRequest, created_s: float) -> EngineRequest:
+    """The request as it is sent now: its deadline counts from `created_s`, a time of `time.monotonic`."""
+    if request.deadline_s is None:
+        return request
+    left_s = request.deadline_s - (time.monotonic() - created_s)
+    return msgspec.structs.replace(request, deadline_s=max(left_s, 0.0))
 
 
 def context_limit(info: ModelInfo) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,9 @@ from engine.errors import ConfigError
 from engine.models.encoder import EncoderModel
 from engine.models.family import architecture_of
 from engine.models.fields import Fields
+from engine.models.hf_files import load_config, load_weights
 from engine.models.pooling_config import PoolerConfig
-from engine.models.safetensors_file import read_checkpoint
 from engine.models.weights import Progress
-
-# Read when transformers is imported: without it our package `kernels` would be taken for the one of the hub.
-os.environ["USE_HUB_KERNELS"] = "0"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,14 +42,17 @@ def load_encoder(
         raise ConfigError(f"on CPU encoders compute in float32, dtype is {dtype}; use auto or float32")
     transformers_logging.disable_progress_bar()
     auto_class: Any = AutoModel if pooler.classifier is None else AutoModelForSequenceClassification
-    config = _load_config(folder, fields, auto_class)
+    config = load_config(folder, fields, auto_class)
     target: torch.dtype | str = torch.float32 if device.type == "cpu" else _DTYPES.get(dtype, "auto")
     if dummy:
         torch.manual_seed(seed)
         own = getattr(config, "dtype", None) or torch.float32
         hf_model = auto_class.from_config(config, dtype=own if isinstance(target, str) else target)
     else:
-        hf_model = _read(folder, config, auto_class, target, needs_head=pooler.method == "head")
+        has_head = pooler.method == "head"
+        hf_model = load_weights(
+            folder, config, auto_class, target, can_lack=lambda name: not has_head and name.startswith("pooler.")
+        )
     if progress is not None:
         total = sum(parameter.nbytes for parameter in hf_model.parameters())
         progress(total, total)
@@ -65,46 +64,6 @@ def load_encoder(
         device=device,
         max_model_len=_context(hf_model, pooler.max_seq_length, max_model_len),
     )
-
-
-def _load_config(folder: Path, fields: Fields, auto_class: Any) -> Any:
-    from transformers import AutoConfig
-
-    kind = fields.text("model_type", "")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        remote = " (the checkpoint brings its own code, which is never run)" if "auto_map" in fields else ""
-        raise ConfigError(f"transformers cannot load model type {kind!r}{remote}: {error}") from None
-    if config.is_encoder_decoder:
-        raise ConfigError(f"{kind} is an encoder-decoder model, which is not supported")
-    if type(config) not in auto_class._model_mapping:
-        raise ConfigError(f"transformers has no {auto_class.__name__} for {kind!r}")
-    if "quantization_config" in fields:
-        raise ConfigError("the checkpoint is quantized, which is not supported; use its float16 or bfloat16 version")
-    return config
-
-
-def _read(folder: Path, config: Any, auto_class: Any, dtype: torch.dtype | str, *, needs_head: bool) -> Any:
-    read_checkpoint(folder)  # refuses damaged files and pickles in our words
-    try:
-        hf_model, info = auto_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (ValueError, RuntimeError, ImportError, OSError) as error:
-        raise ConfigError(f"transformers cannot load the weights: {error}") from None
-    missing = sorted(name for name in info["missing_keys"] if needs_head or not name.startswith("pooler."))
-    if missing:
-        raise ConfigError(f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:5])}")
-    if info["mismatched_keys"]:
-        raise ConfigError(f"{len(info['mismatched_keys'])} tensors have another shape than config.json says")
-    return hf_model
 
 
 def _context(hf_model: Any, max_seq_length: int | None, asked: int | None) -> int:
