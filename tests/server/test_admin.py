@@ -148,3 +148,13 @@ async def test_profiles_go_to_the_engine_and_other_bodies_are_refused() -> None:
 
 def test_profiling_is_off_by_default() -> None:
     assert RuntimeConfig().profile_folder is None
+
+
+async def test_a_beginning_of_token_ids_can_be_pinned() -> None:
+    engine = FakeEngine()
+    engine.controls.add("cache_pin", lambda payload: {"pin_id": "pin-1", "pinned_blocks": 1, "prefix_blocks": 1})
+    async with app(engine) as server:
+        answer = await server.post("/admin/cache/pin", {"token_ids": [1, 2.0], "ttl_s": 5})
+        assert answer.json()["pin_id"] == "pin-1"
+        assert engine.controlled[-1][1]["token_ids"] == [1, 2]
+        assert error_of(await server.post("/admin/cache/pin", {"token_ids": [-1]}))["param"] == "token_ids"
