@@ -60,7 +60,10 @@ TAGGED = {
     "format": {
         "type": "tag",
         "begin": "<tool_call>",
-        "content": {"type": "json_schema", "json_schema": {"type": "object", "properties": {"x": {"type": "null"}}}},
+        "content": {
+            "type": "json_schema",
+            "json_schema": {"type": "object", "properties": {"x": {"type": "null"}}, "additionalProperties": False},
+        },
         "end": "</tool_call>",
     },
 }
@@ -205,7 +208,7 @@ def test_a_preempted_output_goes_on_where_it_was(model: Model, vocabulary: Vocab
 def test_every_choice_follows_the_grammar_on_its_own(
     model: Model, tokenizer: Tokenizer, vocabulary: Vocabulary, ask: Ask
 ) -> None:
-    asked = ask("r", "json_schema", json.dumps(PERSON), temperature=1.2, seed=3, max_tokens=200)
+    asked = ask("r", "json_schema", json.dumps(PERSON), compact=True, temperature=1.2, seed=3, max_tokens=200)
     core = core_for(model, vocabulary=vocabulary, max_model_len=256)
     answers = run(core, [msgspec.structs.replace(asked, num_choices=4)])
     texts = {text_of(answer, tokenizer, model) for answer in answers.values() if answer.finish_reason == "stop"}
@@ -217,10 +220,12 @@ def test_every_choice_follows_the_grammar_on_its_own(
 def test_the_constraint_begins_after_its_marker(
     model: Model, tokenizer: Tokenizer, vocabulary: Vocabulary, ask: Ask
 ) -> None:
-    free = request("free", ask("r", "json_object").prompt_token_ids, max_tokens=8)
+    free = request("free", ask("r", "json_object").prompt_token_ids, max_tokens=8, min_tokens=8, ignore_eos=False)
     token_ids = run(core_for(model, vocabulary=vocabulary), [free])["free", 0].token_ids
     marker = tokenizer.decode(token_ids)
-    answer = run(core_for(model, vocabulary=vocabulary), [ask("r", "regex", "[0-9]{3}", after=marker)])["r", 0]
+    answer = run(core_for(model, vocabulary=vocabulary), [ask("r", "regex", "[0-9]{3}", after=marker, min_tokens=8)])[
+        "r", 0
+    ]
     assert answer.token_ids[:8] == token_ids
     assert re.fullmatch("[0-9]{3}", text_of(answer, tokenizer, model).removeprefix(marker))
 
