@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -84,6 +85,8 @@ class DrainingServer(uvicorn.Server):
             settings = " ".join(f"{name}={value!r}" for name, value in describe(self.context.config).items())
             logger.info("kvasir %s: %s", __version__, settings)
             logger.info("listening on %s; /readyz tells when the model is loaded", self.context.url)
+            gc.collect()
+            gc.freeze()  # what is loaded now lives as long as the process: no collection need look at it
             await self.serve(sockets=[self._listener])
         if self.is_forced:
             # uvicorn skips the end of the lifespan then, which stops the engine

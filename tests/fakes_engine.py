@@ -52,7 +52,7 @@ class FakeTokenizer:
         return "</s>"
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return bytes(token_id for token_id in token_ids if token_id < 256).decode()
+        return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")
 
 
 @dataclass
