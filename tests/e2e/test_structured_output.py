@@ -132,7 +132,7 @@ def test_a_constrained_stream_survives_the_engine_process(server_url: str, tmp_p
             "type": "json_schema",
             "json_schema": {"name": "x", "schema": {"type": "array", "items": SCHEMA, "minItems": 4, "maxItems": 4}},
         },
-        "max_tokens": 400,
+        "max_tokens": 1500,
         "temperature": 0.0,
     }
     expected = httpx.post(f"{server_url}/v1/chat/completions", json=body, timeout=60).json()
