@@ -45,14 +45,14 @@ class _PhaseWatch:
         info, config = self._context.engine.info, self._context.config
         if phase == "ready" and info is not None:
             if not self._was_ready:
-                logger.info(
-                    startup_report(
-                        info,
-                        self._context.engine.model_names[0],
-                        self._context.url,
-                        max_num_seqs=config.scheduler.max_num_seqs,
-                    )
+                report = startup_report(
+                    info,
+                    self._context.engine.model_names[0],
+                    self._context.url,
+                    max_num_seqs=config.scheduler.max_num_seqs,
                 )
+                for line in report.splitlines():  # a record of its own each: newlines inside of one are escaped
+                    logger.info(line)
             self._was_ready = True
             labels = {
                 "block_size": str(info.block_size),
