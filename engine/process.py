@@ -52,8 +52,10 @@ def main(argv: Sequence[str] | None = None, build: Build | None = None) -> int:
     arguments = parser.parse_args(argv)
     os.umask(0o077)
     _name_process("kvasir-engine")
-    # an interrupt from the terminal reaches the front end too, which then tells this process to stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A terminal interrupts the whole process group and a service manager ends it: the front end hears it too, lets the
+    # running requests finish, and then tells this process to stop.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=Config)

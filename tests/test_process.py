@@ -98,6 +98,20 @@ def add(request_id: str, **sampling: object) -> ipc.AddRequest:
     return ipc.AddRequest(EngineRequest(request_id=request_id, prompt_token_ids=[5, 6], sampling=params))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_the_whole_group_leave_the_end_to_the_front_end(
+    start: Callable[..., Parent], number: signal.Signals
+) -> None:
+    parent = start(KVASIR_FAKE_STEP_S="0.02")
+    parent.until(is_ready)
+    parent.send(add("a", max_tokens=10))
+    parent.until(lambda m: isinstance(m, ipc.Outputs) and bool(m.outputs))
+    parent.process.send_signal(number)
+    seen = parent.until(lambda m: isinstance(m, ipc.Outputs) and any(o.finish_reason for o in m.outputs))
+    assert isinstance(seen[-1], ipc.Outputs)
+    assert seen[-1].outputs[-1].finish_reason == "length"
+
+
 def test_what_an_aborted_request_held_is_free_within_two_steps(start: Callable[..., Parent]) -> None:
     """Counted in reports, one a step: the step in flight when the abort arrives, and the next."""
     parent = start(RuntimeConfig(heartbeat_s=0.01), KVASIR_FAKE_STEP_S="0.05")
