@@ -77,7 +77,10 @@ def main() -> int:
                 signal.setitimer(signal.ITIMER_PROF, setup.max_cpu_s)
                 answer = _compile(message.constraint, vocabulary, setup.limits)
                 signal.setitimer(signal.ITIMER_PROF, 0.0)
-            _write(ipc.encode(answer))
+            try:
+                _write(ipc.encode(answer))
+            except BrokenPipeError:  # the front end is gone, and nobody waits for this
+                return 0
     return 0
 
 

@@ -61,7 +61,10 @@ def main() -> int:
                 template, answer = _set_up(message)
             else:
                 answer = _render(template, setup, message)
-            _write(ipc.encode(answer))
+            try:
+                _write(ipc.encode(answer))
+            except BrokenPipeError:  # the front end is gone, and nobody waits for this
+                return 0
     return 0
 
 
