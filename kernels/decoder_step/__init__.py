@@ -110,6 +110,7 @@ class DecoderStep:
         block_table: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
+        paths: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [T, C] fp32 after the last norm; the tokens' keys and values are in the caches then.
 
@@ -117,6 +118,7 @@ class DecoderStep:
         cu_seqlens_q, seq_lens       [R + 1], [R] int32, on the host: as for kernels.paged_attention
         block_table                  [R, MB] int32, rows contiguous
         k_cache, v_cache             [NB, L, H_kv, BS, D] float, contiguous, of one type
+        paths                        [T, W] int32: `AttentionPlan.paths`, where some rows are trees
         All but block_table are contiguous. Positions, slots and block ids are not checked.
         Raises IndexError for a token id outside of the vocabulary, before anything is written.
         """
@@ -130,6 +132,8 @@ class DecoderStep:
         batch.seq_lens = seq_lens.data_ptr()
         batch.block_table = block_table.data_ptr()
         batch.table_stride = block_table.stride(0)
+        batch.paths = None if paths is None else paths.data_ptr()
+        batch.paths_stride = 0 if paths is None else paths.stride(0)
         batch.num_tokens = num_tokens
         batch.num_rows = seq_lens.shape[0]
         batch.num_threads = native.num_threads()
@@ -277,6 +281,7 @@ class _Pool(_Structure):
 class _Batch(_Structure):
     _fields_ = (
         *((name, PTR) for name in ("token_ids", "positions", "slots", "cu_seqlens_q", "seq_lens", "block_table")),
-        *((name, INT) for name in ("table_stride", "num_tokens", "num_rows", "num_threads")),
+        ("paths", PTR),
+        *((name, INT) for name in ("table_stride", "paths_stride", "num_tokens", "num_rows", "num_threads")),
         ("hidden", PTR),
     )

@@ -59,8 +59,8 @@ struct Pool {
 };
 struct Batch {
   const int64_t *token_ids, *positions, *slots;
-  const int32_t *cu_seqlens_q, *seq_lens, *block_table;
-  int64_t table_stride, num_tokens, num_rows, num_threads;
+  const int32_t *cu_seqlens_q, *seq_lens, *block_table, *paths;
+  int64_t table_stride, paths_stride, num_tokens, num_rows, num_threads;
   float* hidden;
 };
 
@@ -252,6 +252,7 @@ class Step {
     a.out_stride_token = p_.num_heads * d, a.out_stride_head = d;
     a.k_stride_block = a.v_stride_block = pool_.stride_block, a.k_stride_head = a.v_stride_head = pool_.stride_head;
     a.table_stride_row = b_.table_stride, a.lens_stride_row = 1;
+    a.paths = b_.paths, a.paths_stride = b_.paths_stride;
     a.q_dtype = kFloat32, a.cache_dtype = pool_.dtype, a.window = layer.window;
     a.scale = p_.attention_scale, a.soft_cap = p_.attention_soft_cap;
     const int64_t kv_heads = p_.num_kv_heads;

@@ -6,13 +6,14 @@ Shape letters: T new tokens, R rows (requests), H query heads, H_kv kv heads, D 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.paged_attention.plan import AttentionPlan, Extents
+from kernels.paged_attention.plan import AttentionPlan, Extents, check_parents
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -23,22 +24,30 @@ def plan_attention(
     *,
     num_kv_heads: int = 1,
     device: torch.device | str = "cpu",
+    parents: Sequence[int] | None = None,
 ) -> AttentionPlan:
     """Divide a step's attention into work items; once per step, for all layers and any window.
 
     cu_seqlens_q  [R+1]  row r owns tokens cu_seqlens_q[r] to cu_seqlens_q[r+1]; starts at 0, does not fall
     seq_lens      [R] or [R, H_kv]  as for `paged_attention`, or an upper bound of it
     num_kv_heads          how many heads compute side by side; only a hint for the division of work
-    Both are read on the host, when the plan is first used: give lists or what lies on the CPU, else that waits for the
-    device; and leave them as they are until then.
-    Raises ValueError when the two disagree in length.
+    parents       [T]     what each token continues: an earlier one of its row, counted from the row's first, or -1 for
+                          the first, which continues the slots before the row's. A token then sees these slots and the
+                          tokens on its path, itself the last, as if they were adjacent. None: each continues the one
+                          before it
+    The first two are read on the host, when the plan is first used: give lists or what lies on the CPU, else that waits
+    for the device; and leave them as they are until then.
+    Raises ValueError when lengths disagree, or when what a token continues does not come before it.
     """
     starts, lengths = len(cu_seqlens_q), len(seq_lens)
     if starts != lengths + 1:
         raise ValueError(f"cu_seqlens_q has {starts} entries, need one more than the {lengths} of seq_lens")
     device = torch.device(device)
     module = backend.implementation("paged_attention", device)
-    return AttentionPlan(cu_seqlens_q, seq_lens, num_kv_heads, device, module)
+    plan = AttentionPlan(cu_seqlens_q, seq_lens, num_kv_heads, device, module, parents)
+    if parents is not None:
+        check_parents(parents, plan.rows)
+    return plan
 
 
 @overload
@@ -106,11 +115,12 @@ def paged_attention(
     out           [T, H, Dv]            type of q, last dim contiguous; made when None
     plan          from `plan_attention` for the same rows and device; made when None
 
-    Query i of a row with n queries sits at slot seq_len - n + i and sees the slots up to its own. Slots and table
+    Query i of a row with n queries sits at slot seq_len - n + i and sees the slots up to its own, or what the plan's
+    `parents` say. Slots and table
     entries beyond a row's seq_len are never read. A query that sees nothing gives zeros (lse: its sink or -inf).
     Returns out, and with return_lse also the log of the softmax denominator, sinks included, [T, H] float32.
     A row's result does not depend on the other rows; in the C++ implementation it is bit for bit the same for every
-    division of the row into chunks and every number of threads.
+    division of the row into chunks and every number of threads, and for a token of a tree that of its path alone.
     Raises ValueError when shapes or types disagree.
     """
     module = backend.implementation("paged_attention", q.device)

@@ -15,7 +15,8 @@ struct Params {
   const int32_t* block_table;
   const int32_t* seq_lens;
   const int32_t* cu_seqlens_q;
-  const float* sinks;  // or null
+  const float* sinks;    // or null
+  const int32_t* paths;  // [T, W]: see AttentionPlan.paths; or null
   void* out;
   float* lse;  // or null
   const int32_t* items;   // [num_items, 6]: row, first query, queries, first split, last split + 1, partial or -1
@@ -26,6 +27,7 @@ struct Params {
   int64_t q_stride_token, q_stride_head, out_stride_token, out_stride_head;
   int64_t k_stride_block, k_stride_head, v_stride_block, v_stride_head;
   int64_t table_stride_row, table_stride_head, lens_stride_row, lens_stride_head;
+  int64_t paths_stride;
   int64_t q_dtype, cache_dtype, window, num_threads;
   float scale, soft_cap;
 };

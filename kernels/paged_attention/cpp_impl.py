@@ -24,13 +24,14 @@ class Params(ctypes.Structure):
 
     _fields_ = (
         *((name, native.PTR) for name in ("q", "k_cache", "v_cache", "block_table", "seq_lens", "cu_seqlens_q")),
-        *((name, native.PTR) for name in ("sinks", "out", "lse", "items", "merges", "partial_acc", "partial_stats")),
+        *((name, native.PTR) for name in ("sinks", "paths", "out", "lse", "items", "merges")),
+        *((name, native.PTR) for name in ("partial_acc", "partial_stats")),
         *((name, native.INT) for name in ("num_items", "num_merges", "num_heads", "num_kv_heads")),
         *((name, native.INT) for name in ("head_dim", "head_dim_v", "block_size")),
         *((name, native.INT) for name in ("q_stride_token", "q_stride_head", "out_stride_token", "out_stride_head")),
         *((name, native.INT) for name in ("k_stride_block", "k_stride_head", "v_stride_block", "v_stride_head")),
         *((name, native.INT) for name in ("table_stride_row", "table_stride_head")),
-        *((name, native.INT) for name in ("lens_stride_row", "lens_stride_head")),
+        *((name, native.INT) for name in ("lens_stride_row", "lens_stride_head", "paths_stride")),
         *((name, native.INT) for name in ("q_dtype", "cache_dtype", "window", "num_threads")),
         *((name, native.FLOAT) for name in ("scale", "soft_cap")),
     )
@@ -115,6 +116,9 @@ def paged_attention(
     params.seq_lens = seq_lens.data_ptr()
     params.cu_seqlens_q = cu_seqlens_q.data_ptr()
     params.sinks = None if sinks is None else sinks.data_ptr()
+    paths = plan.paths
+    params.paths = None if paths is None else paths.data_ptr()
+    params.paths_stride = 0 if paths is None else paths.stride(0)
     params.out = out.data_ptr()
     params.lse = None if lse is None else lse.data_ptr()
     params.scale = scale

@@ -10,6 +10,7 @@
 
 #include "arena.h"
 #include "attention.h"
+#include "cache_rows.h"
 #include "team.h"
 #include "tile.h"
 
@@ -18,8 +19,6 @@ namespace {
 
 constexpr int kMaxRowsReadInPlace = 8;  // with more rows, converting a 16-bit tile once is cheaper
 
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 thread_local Arena arena;
 
 struct Scratch {
@@ -27,12 +26,13 @@ struct Scratch {
   float *q, *k, *v;                             // k, v: float copies of a tile
   float *merged, *merged_largest, *merged_sum;  // partials merged so far
   Range* visible;                               // [M] slots that each row sees
+  float* single;                                // largest, sum and decay of the rows of one query
 
   Scratch(const Params& p, int64_t num_queries) {
     const int64_t count = num_queries * (p.num_heads / p.num_kv_heads), padded = round_up(count, 16);
     const int64_t dim = round_up(p.head_dim, kLanes), dim_v = round_up(p.head_dim_v, kLanes);
     static_assert(sizeof(Range) == 2 * sizeof(float), "ranges are carved from the same memory");
-    float* next = arena.reserve(padded * (dim + 2 * dim_v + kTileKeys + 9) + kTileKeys * (dim + dim_v));
+    float* next = arena.reserve(padded * (dim + 2 * dim_v + kTileKeys + 12) + kTileKeys * (dim + dim_v));
     const auto take = [&next](int64_t n) { return std::exchange(next, next + n); };
     q = take(padded * dim);
     k = take(kTileKeys * dim);
@@ -43,6 +43,7 @@ struct Scratch {
     merged_largest = take(padded);
     merged_sum = take(padded);
     float *largest = take(padded), *sum = take(padded), *decay = take(padded);
+    single = take(3 * padded);
     visible = reinterpret_cast<Range*>(take(2 * padded));
     Range* range = reinterpret_cast<Range*>(take(2 * padded));
     rows = {int(count), int(dim), int(dim_v), q, s, acc, largest, sum, decay, range};
@@ -50,14 +51,6 @@ struct Scratch {
 };
 
 // ---- queries in, results out ----
-
-template <class T>
-void copy_row(const T* from, int64_t n, int64_t padded, float* to) {
-  int64_t d = 0;
-  for (; d + kLanes <= n; d += kLanes) store(to + d, load(from + d));
-  if (d < n) store(to + d, load_n(from + d, int(n - d)));
-  for (d = round_up(n, kLanes); d < padded; ++d) to[d] = 0;
-}
 
 template <class T>
 void write_row(const float* from, int64_t n, float factor, T* to) {
@@ -157,27 +150,6 @@ void merge_partials(const Params& p, const Merge& merge, int64_t kv_head) {
 
 // ---- keys and values ----
 
-// Pointers to rows first..last-1 of a tile whose first slot is `slot`; the others repeat the nearest, so that whole
-// blocks of pointers can be read.
-template <class T>
-void find_rows(const T* cache, int64_t stride_block, const int32_t* table, int64_t block_size, int64_t dim, int64_t slot,
-               Range range, const T** rows) {
-  for (int j = range.begin; j < range.end;) {
-    const int64_t block = (slot + j) / block_size, offset = (slot + j) % block_size;
-    const T* row = cache + table[block] * stride_block + offset * dim;
-    const int stop = int(std::min<int64_t>(range.end, j + block_size - offset));
-    for (; j < stop; ++j, row += dim) rows[j] = row;
-  }
-  for (int j = 0; j < range.begin; ++j) rows[j] = rows[range.begin];
-  for (int j = range.end; j < kTileKeys; ++j) rows[j] = rows[range.end - 1];
-}
-
-template <class T>
-void convert_rows(const T* const* from, Range range, int64_t n, int64_t padded, float* copy, const float** to) {
-  for (int j = range.begin; j < range.end; ++j) copy_row(from[j], n, padded, copy + j * padded);
-  for (int j = 0; j < kTileKeys; ++j) to[j] = copy + std::clamp(j, range.begin, range.end - 1) * padded;
-}
-
 // One kv head's part of one row's cache.
 template <class T>
 struct Cache {
@@ -192,6 +164,21 @@ struct Cache {
   void find_tile(const Params& p, int64_t slot, Range range, TileRows<T>& tile) const {
     find_rows(k, p.k_stride_block, table, p.block_size, p.head_dim, slot, range, tile.keys);
     find_rows(v, p.v_stride_block, table, p.block_size, p.head_dim_v, slot, range, tile.values);
+  }
+
+  // The same for one query of a tree: from `before` on, its path says where the tokens are.
+  void find_path_tile(const Params& p, int64_t slot, Range range, int64_t before, const int32_t* path,
+                      TileRows<T>& tile) const {
+    for (int j = range.begin; j < range.end; ++j) {
+      const int64_t at = slot + j < before ? slot + j : before + path[slot + j - before];
+      const int64_t block = table[at / p.block_size], offset = at % p.block_size;
+      tile.keys[j] = k + block * p.k_stride_block + offset * p.head_dim;
+      tile.values[j] = v + block * p.v_stride_block + offset * p.head_dim_v;
+    }
+    for (int j = 0; j < kTileKeys; ++j) {
+      const int nearest = std::clamp(j, range.begin, range.end - 1);
+      tile.keys[j] = tile.keys[nearest], tile.values[j] = tile.values[nearest];
+    }
   }
 };
 
@@ -215,11 +202,44 @@ void run_tile(const Params& p, const Scratch& scratch, int64_t slot, Range range
   add_tile<float>(rows, copy, nullptr, p.scale, p.soft_cap);
 }
 
+// Where the tokens of a tree's queries are: from slot `before` on, every query reads the slots on its own path.
+struct Tree {
+  const int32_t* paths;  // of the item's first query, as Params::paths; null for a simple sequence
+  int64_t stride, before, group;
+};
+
+// As run_tile, where queries differ in what is in the slots: one query after the other.
+template <class T>
+void run_path_tile(const Params& p, const Cache<T>& cache, const Scratch& scratch, int64_t slot, Range range,
+                   const Tree& tree) {
+  const Rows& all = scratch.rows;
+  const int64_t group = tree.group, padded = round_up(group, 16);
+  for (int64_t m = 0; m < all.count; m += group) {
+    const Range seen{int(std::max<int64_t>(scratch.visible[m].begin - slot, range.begin)),
+                     int(std::min<int64_t>(scratch.visible[m].end - slot, range.end))};
+    if (seen.empty()) continue;
+    TileRows<T> tile;
+    cache.find_path_tile(p, slot, seen, tree.before, tree.paths + m / group * tree.stride + 1, tile);
+    Scratch one = scratch;
+    one.visible = scratch.visible + m;
+    float *largest = scratch.single, *sum = largest + padded, *decay = sum + padded;
+    std::copy_n(all.largest + m, group, largest);
+    std::copy_n(all.sum + m, group, sum);
+    std::fill(largest + group, largest + padded, -kInfinity);
+    std::fill(decay + group, decay + padded, -kInfinity);
+    one.rows = {int(group), all.dim, all.dim_v, all.q + m * all.dim, all.s + m * kTileKeys, all.acc + m * all.dim_v,
+                largest,    sum,     decay,     all.range + m};
+    run_tile<T>(p, one, slot, seen, tile, nullptr);
+    std::copy_n(largest, group, all.largest + m);
+    std::copy_n(sum, group, all.sum + m);
+  }
+}
+
 // Adds slots [begin, end), tile by tile from a multiple of kTileKeys, to rows that have seen nothing yet. `last` is the
 // end of all that the rows will see; end is a multiple of kTileKeys or `last`.
 template <class T>
-void run_split(const Params& p, const Cache<T>& cache, const Scratch& scratch, int64_t begin, int64_t end,
-               int64_t last) {
+void run_split(const Params& p, const Cache<T>& cache, const Scratch& scratch, const Tree& tree, int64_t begin,
+               int64_t end, int64_t last) {
   const Rows& rows = scratch.rows;
   std::fill_n(rows.acc, rows.count * rows.dim_v, 0.0f);
   std::fill_n(rows.largest, rows.count, -kInfinity);
@@ -229,12 +249,15 @@ void run_split(const Params& p, const Cache<T>& cache, const Scratch& scratch, i
   };
   TileRows<T> tiles[2];
   int64_t slot = begin / kTileKeys * kTileKeys;
-  if (slot < end) cache.find_tile(p, slot, range_at(slot), tiles[0]);
-  for (int turn = 0; slot < end; slot += kTileKeys, turn ^= 1) {
-    const bool has_next = slot + kTileKeys < last;
+  const int64_t stop = tree.paths == nullptr ? end : std::min(end, tree.before / kTileKeys * kTileKeys);
+  const int64_t same = tree.paths == nullptr ? last : std::min(last, stop);  // end of what all queries find alike
+  if (slot < stop) cache.find_tile(p, slot, range_at(slot), tiles[0]);
+  for (int turn = 0; slot < stop; slot += kTileKeys, turn ^= 1) {
+    const bool has_next = slot + kTileKeys < same;
     if (has_next) cache.find_tile(p, slot + kTileKeys, range_at(slot + kTileKeys), tiles[turn ^ 1]);
     run_tile(p, scratch, slot, range_at(slot), tiles[turn], has_next ? &tiles[turn ^ 1] : nullptr);
   }
+  for (; slot < end; slot += kTileKeys) run_path_tile(p, cache, scratch, slot, range_at(slot), tree);
 }
 
 template <class T>
@@ -245,18 +268,25 @@ void attend(const Params& p, const Item& item, int64_t kv_head) {
   const Cache<T> cache(p, item.row, kv_head);
   const int64_t seq_len = p.seq_lens[item.row * p.lens_stride_row + kv_head * p.lens_stride_head];
   const int64_t num_queries = p.cu_seqlens_q[item.row + 1] - p.cu_seqlens_q[item.row];
+  Tree tree{p.paths, p.paths_stride, seq_len - num_queries, index.group};
+  if (tree.paths != nullptr) tree.paths += index.first_token * tree.stride;
+  if (tree.paths != nullptr && tree.paths[0] == 0) tree.paths = nullptr;
+  int64_t first = std::numeric_limits<int64_t>::max(), last = 0;
   for (int m = 0; m < rows.count; ++m) {
-    const int64_t end = std::max<int64_t>(0, seq_len - num_queries + item.first_query + m / index.group + 1);
+    const int64_t query = m / index.group;
+    const int64_t seen = tree.paths == nullptr ? item.first_query + query + 1 : tree.paths[query * tree.stride];
+    const int64_t end = std::max<int64_t>(0, tree.before + seen);
     scratch.visible[m] = {int(p.window > 0 ? std::max<int64_t>(0, end - p.window) : 0), int(end)};
+    first = std::min<int64_t>(first, scratch.visible[m].begin);
+    last = std::max<int64_t>(last, end);
   }
-  const int64_t first = scratch.visible[0].begin, last = scratch.visible[rows.count - 1].end;
 
   load_queries(p, index, scratch);
   clear_merged(scratch);
   for (int64_t split = item.first_split; split < item.last_split; ++split) {
     const int64_t begin = std::max(split * kSplitKeys, first), end = std::min((split + 1) * kSplitKeys, last);
     if (begin >= end && item.partial < 0) continue;
-    run_split(p, cache, scratch, begin, end, last);
+    run_split(p, cache, scratch, tree, begin, end, last);
     if (item.partial >= 0) {
       write_partial(p, index, scratch, item.partial + (split - item.first_split) * item.num_queries);
       continue;

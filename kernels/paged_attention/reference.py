@@ -42,9 +42,8 @@ def paged_attention(
             seq_len = int(seq_lens[row, kv_head] if seq_lens.dim() == 2 else seq_lens[row])
             cache_head = kv_head if k_cache.shape[1] > 1 else 0
             for token in range(first, last):
-                end = seq_len - (last - token) + 1  # its own slot is the last one seen
-                begin = max(0, end - window) if window > 0 else 0
-                slots = torch.arange(begin, max(begin, end), device=q.device)
+                slots = _seen(plan, token, seq_len - (last - first), token - first)
+                slots = slots[max(0, len(slots) - window) if window > 0 else 0 :].to(q.device)
                 blocks, offsets = table[slots // block_size].long(), slots % block_size
                 keys = k_cache[blocks, cache_head, offsets].double()  # [S, D]
                 values = v_cache[blocks, cache_head, offsets].double()  # [S, Dv]
@@ -55,3 +54,11 @@ def paged_attention(
                 out[token, head] = logits.softmax(0)[: len(scores)] @ values
                 if lse is not None:
                     lse[token, head] = logits.logsumexp(0) if len(logits) else -torch.inf
+
+
+def _seen(plan: AttentionPlan, token: int, num_before: int, index: int) -> Tensor:
+    """Slots that a token sees without a window, in the order of the text: its own is the last."""
+    path = [] if plan.paths is None else plan.paths[token].tolist()
+    if path and path[0] > 0:
+        return torch.tensor([*range(num_before), *(num_before + node for node in path[1 : 1 + path[0]])])
+    return torch.arange(max(0, num_before + index + 1))

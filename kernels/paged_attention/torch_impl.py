@@ -49,7 +49,11 @@ def paged_attention(
         scores = torch.einsum("nhgd,hsd->hgns", queries, keys) * scale
         if soft_cap > 0:
             scores = soft_cap * torch.tanh(scores / soft_cap)
-        hidden = ~_visible(lengths, row.num_queries, longest, window)  # [H_kv, n, S]
+        paths = None if plan.paths is None else plan.paths[tokens]
+        if paths is not None and int(paths[0, 0]) > 0:
+            hidden = ~_visible_in_tree(lengths, paths.to(lengths.device), longest, window)
+        else:
+            hidden = ~_visible(lengths, row.num_queries, longest, window)  # [H_kv, n, S]
         scores = scores.masked_fill(hidden[:, None], -torch.inf)
         if sinks is not None:
             sink = sinks.view(num_kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -87,3 +91,22 @@ def _visible(lengths: Tensor, num_queries: int, longest: int, window: int) -> Te
     own = lengths[:, None] - num_queries + torch.arange(num_queries, device=lengths.device)  # [H_kv, n]
     seen = slots <= own[..., None]
     return seen & (slots > own[..., None] - window) if window > 0 else seen
+
+
+def _visible_in_tree(lengths: Tensor, paths: Tensor, longest: int, window: int) -> Tensor:
+    """As `_visible`, for a row that is a tree: paths [n, W] of its tokens."""
+    num_queries = paths.shape[0]
+    counts = paths[:, 0]
+    is_node = torch.arange(paths.shape[1] - 1, device=paths.device) < counts[:, None]  # [n, W - 1]
+    sees = torch.zeros(num_queries, num_queries, dtype=torch.bool, device=paths.device)
+    sees[is_node.nonzero()[:, 0], paths[:, 1:][is_node].long()] = True
+    before = lengths[:, None] - num_queries  # [H_kv, 1]
+    slots = torch.arange(longest, device=lengths.device)
+    node = slots - before  # [H_kv, S], negative before the row's first
+    in_tree = sees[:, node.clamp(0, num_queries - 1)].transpose(0, 1)  # [H_kv, n, S]
+    seen = torch.where((node < 0)[:, None], True, in_tree & (node < num_queries)[:, None])
+    if window <= 0:
+        return seen
+    place = torch.where(node < 0, slots, before + counts[node.clamp(0, num_queries - 1)] - 1)  # in the text, [H_kv, S]
+    own = before + counts - 1  # [H_kv, n]
+    return seen & (place[:, None] > own[..., None] - window)

@@ -50,6 +50,7 @@ def _finish(acc, largest, total, sinks_ptr, head, row_mask, HAS_SINKS: tl.conste
 @triton.jit
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, starts_ptr, sinks_ptr, out_ptr, lse_ptr, acc_ptr, stats_ptr, item_ptr,
+    depths_ptr, bits_ptr,
     scale, soft_cap, window, num_heads,
     q_stride_t, q_stride_h, out_stride_t, out_stride_h,        # elements between tokens, heads
     k_stride_b, k_stride_h, v_stride_b, v_stride_h,            # between cache blocks, kv heads
@@ -61,6 +62,7 @@ def _attend_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
     IS_SPLIT: tl.constexpr,                                    # write a partial result, not the output
+    HAS_TREES: tl.constexpr,                                   # some rows are trees: AttentionPlan.tree_bits
 ):  # fmt: skip
     item = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
@@ -86,7 +88,13 @@ def _attend_kernel(
 
     # Slots that some query of the tile sees; tiles of keys stay aligned to slot 0.
     end = tl.minimum(end, before + tl.minimum(first_query + NUM_QUERIES, num_queries))
-    if HAS_WINDOW:
+    if HAS_TREES:
+        depth = tl.load(depths_ptr + token, mask=row_mask, other=-1)  # -1: the row is a simple sequence
+        bits = tl.load(bits_ptr + token, mask=row_mask, other=0)
+        place = tl.where(depth >= 0, before + depth, own)  # in the text, if the path were all there is
+        if HAS_WINDOW:
+            begin = tl.maximum(begin, tl.min(tl.where(row_mask, place, end), axis=0) + 1 - window)
+    elif HAS_WINDOW:
         begin = tl.maximum(begin, before + first_query + 1 - window)
     table_ptr += row * table_stride_r + kv_head * table_stride_h
     k_ptr += kv_head * k_stride_h
@@ -105,9 +113,20 @@ def _attend_kernel(
         scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
         if HAS_CAP:
             scores = soft_cap * (1.0 - 2.0 / (_exp(2.0 * scores / soft_cap) + 1.0))  # tanh
-        visible = in_range[None, :] & (slot[None, :] <= own[:, None])
-        if HAS_WINDOW:
-            visible = visible & (slot[None, :] > own[:, None] - window)
+        if HAS_TREES:
+            node = slot - before  # among the row's own tokens
+            shift = tl.minimum(tl.maximum(node - 1, 0), 63).to(tl.int64)
+            on_path = (node[None, :] <= 0) | (((bits[:, None] >> shift[None, :]) & 1) == 1)
+            visible = in_range[None, :] & tl.where(depth[:, None] >= 0, on_path, slot[None, :] <= own[:, None])
+            if HAS_WINDOW:
+                is_own = in_range & (node > 0)
+                node_depth = tl.load(depths_ptr + (start + node).to(tl.int64), mask=is_own, other=0)
+                key_place = tl.where(is_own & (node_depth >= 0), before + node_depth, slot)
+                visible = visible & (key_place[None, :] > place[:, None] - window)
+        else:
+            visible = in_range[None, :] & (slot[None, :] <= own[:, None])
+            if HAS_WINDOW:
+                visible = visible & (slot[None, :] > own[:, None] - window)
         scores = tl.where(visible, scores, float("-inf"))
 
         now = tl.maximum(largest, tl.max(scores, axis=1))
@@ -136,7 +155,7 @@ def _attend_kernel(
 
 
 @triton.jit
-def _merge_kernel(
+def merge_kernel(
     starts_ptr, sinks_ptr, out_ptr, lse_ptr, acc_ptr, stats_ptr, tile_ptr,
     num_heads,
     out_stride_t, out_stride_h,
@@ -207,12 +226,13 @@ def paged_attention(
     group = num_heads // num_kv_heads
     shared_cache_head = per_head_table and k_cache.shape[1] == 1
     block_dv = max(16, triton.next_power_of_2(head_dim_v))
+    depths, bits = plan.tree_bits or (None, None)
     for tiles in work.launches(group, wide=max(head_dim, head_dim_v) > 128):
         block_m = max(16, triton.next_power_of_2(tiles.num_queries * group))
         partial_acc, partial_stats = _partials(tiles, num_kv_heads, block_m, block_dv, q.device)
         _attend_kernel[(tiles.items.shape[0], num_kv_heads)](
             *(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, sinks, out, lse, partial_acc, partial_stats),
-            tiles.items,
+            *(tiles.items, depths, bits),
             *(scale, soft_cap, window, num_heads),
             *(q.stride(0), q.stride(1), out.stride(0), out.stride(1)),
             *(k_cache.stride(0), 0 if shared_cache_head else k_cache.stride(1)),
@@ -233,11 +253,12 @@ def paged_attention(
             HAS_SINKS=sinks is not None,
             HAS_LSE=lse is not None,
             IS_SPLIT=tiles.is_split,
+            HAS_TREES=depths is not None,
             num_warps=8 if block_m >= 128 else 4,
             num_stages=3 if k_cache.element_size() == 2 else 2,
         )
         if tiles.is_split:
-            _merge_kernel[(tiles.tiles.shape[0], num_kv_heads)](
+            merge_kernel[(tiles.tiles.shape[0], num_kv_heads)](
                 *(cu_seqlens_q, sinks, out, lse, partial_acc, partial_stats, tiles.tiles),
                 *(num_heads, out.stride(0), out.stride(1)),
                 DV=head_dim_v,

@@ -314,3 +314,100 @@ def test_triton_on_a_gpu_errs_at_most_twice_as_much_as_torch(dtype, dims, rows):
     with backend.using("torch"):
         expected = exact.run(window=1500)
     testing.assert_at_most_twice_the_error(results["triton"], results["torch"], expected)
+
+
+# ---- trees
+
+
+def random_parents(num_tokens: int, generator: torch.Generator) -> list[int]:
+    """Of one row: any earlier token."""
+    return [-1, *(int(torch.randint(0, i, (1,), generator=generator)) for i in range(1, num_tokens))]
+
+
+def paths_of(parents: list[int]) -> list[list[int]]:
+    paths: list[list[int]] = []
+    for index, parent in enumerate(parents):
+        paths.append([*(paths[parent] if parent >= 0 else []), index])
+    return paths
+
+
+def along(batch: Batch, row: int, path: list[int]) -> Batch:
+    """The last token of a path as a decoding row of its own, with the path's keys and values behind each other."""
+    start, stop = batch.cu_seqlens_q[row : row + 2].tolist()
+    before = int(batch.seq_lens[row]) - (stop - start)
+    block_size = batch.k_cache.shape[2]
+    slots = [*range(before), *(before + node for node in path)]
+    num_blocks = -(-len(slots) // block_size)
+    caches = []
+    for cache in (batch.k_cache, batch.v_cache):
+        own = testing.nan_filled(num_blocks, cache.shape[1], block_size, cache.shape[3], dtype=cache.dtype)
+        for place, slot in enumerate(slots):
+            block = batch.block_table[row, slot // block_size]
+            own[place // block_size, :, place % block_size] = cache[block, :, slot % block_size]
+        caches.append(own)
+    return Batch(
+        batch.q[start + path[-1] : start + path[-1] + 1],
+        *caches,
+        torch.arange(num_blocks, dtype=torch.int32)[None],
+        torch.tensor([len(slots)], dtype=torch.int32),
+        torch.tensor([0, 1], dtype=torch.int32),
+    )
+
+
+TREE_ROWS = [(1, 9), (7, 60), (20, 20), (65, 330), (3, 700), (40, 41)]
+IS_TREE = [False, True, True, True, True, False]
+
+
+def tree_parents(rows: list[tuple[int, int]], seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        random_parents(count, generator) if is_tree else list(range(-1, count - 1))
+        for (count, _), is_tree in zip(rows, IS_TREE, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", [{}, {"window": 33}, {"soft_cap": 5.0}])
+def test_a_token_of_a_tree_sees_its_path_and_what_was_before(name: str, options: dict[str, float]) -> None:
+    batch = make_batch(TREE_ROWS, heads=(6, 2), dims=(24, 20))
+    parents = tree_parents(TREE_ROWS)
+    device = testing.device_of(name)
+    flat = [parent for own in parents for parent in own]
+    with backend.using(name):
+        plan = plan_attention(batch.cu_seqlens_q, batch.seq_lens, num_kv_heads=2, device=device, parents=flat)
+        found, lse = batch.to(device).run(plan=plan, return_lse=True, **options)
+    with backend.using("reference"):
+        for row, own in enumerate(parents):
+            start = int(batch.cu_seqlens_q[row])
+            for index, path in enumerate(paths_of(own)):
+                expected, expected_lse = along(batch, row, path).run(return_lse=True, **options)
+                testing.assert_close(found[start + index : start + index + 1].cpu(), expected)
+                testing.assert_close(lse[start + index : start + index + 1].cpu(), expected_lse)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("window", [0, 33])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_token_of_a_tree_has_the_bits_of_its_path_alone(
+    dtype: torch.dtype, window: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "num_threads", lambda: threads)
+    batch = make_batch(TREE_ROWS, heads=(6, 2), dims=(24, 20), dtype=dtype)
+    parents = tree_parents(TREE_ROWS, seed=1)
+    with backend.using("cpp"):
+        plan = plan_attention(
+            batch.cu_seqlens_q, batch.seq_lens, num_kv_heads=2, parents=[parent for own in parents for parent in own]
+        )
+        found = batch.run(plan=plan, window=window)
+        for row, own in enumerate(parents):
+            start = int(batch.cu_seqlens_q[row])
+            for index, path in enumerate(paths_of(own)):
+                alone = along(batch, row, path).run(window=window)
+                assert torch.equal(found[start + index], alone[0]), f"token {index} of row {row}"
+
+
+def test_a_tree_whose_tokens_come_before_their_parents_is_refused() -> None:
+    for parents in ([-1, 0, 2], [0, 0, 1], [-1, 0], [-1, -1, 0]):
+        with pytest.raises(ValueError, match=r"parents has|continues token"):
+            plan_attention([0, 3], [3], parents=parents)
