@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
+from kernels.sampling import torch_impl
 from kernels.sampling.types import GREEDY_BELOW, LogProbs
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "apply_token_bitmask",
     "greedy",
     "log_probs_of",
+    "probabilities",
     "random_bits",
     "sample",
 ]
@@ -65,6 +67,21 @@ def sample(
     _check("min_p", min_p, torch.float32, num_rows)
     _check("typical_p", typical_p, torch.float32, num_rows)
     return _implementation(logits).sample(logits, temperature, top_k, top_p, min_p, typical_p, keys)
+
+
+def probabilities(
+    logits: Tensor,
+    *,
+    temperature: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    typical_p: Tensor | None = None,
+) -> Tensor:
+    """What `sample` draws from: [N, V] float64, NaN in rows that it refuses. Arguments as there; no row is greedy."""
+    _check_logits(logits)
+    kept = torch_impl.keep_filtered(logits, temperature, top_k, top_p, min_p, typical_p)
+    return (kept.double() / temperature.double().unsqueeze(1)).softmax(dim=1)
 
 
 def greedy(logits: Tensor) -> Tensor:

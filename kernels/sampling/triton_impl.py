@@ -22,7 +22,7 @@ _TILE = 1024  # tokens per program: enough programs for a GPU already at one row
 
 
 @triton.jit
-def _philox(counter, k0, k1):
+def philox(counter, k0, k1):
     """Four words of Philox4x32-10 for uint32 counters (counter, 0, 0, 0)."""
     c0 = counter
     c1 = tl.zeros_like(counter)
@@ -48,7 +48,7 @@ def _tile_words(first, key, TILE: tl.constexpr):
     counter = (first // 4 + tl.arange(0, TILE // 4)).to(tl.uint32)
     k0 = (key & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    c0, c1, c2, c3 = _philox(counter, k0, k1)
+    c0, c1, c2, c3 = philox(counter, k0, k1)
     return tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
 
 
@@ -79,7 +79,7 @@ def _split_exponent(x):
 
 
 @triton.jit
-def _gumbel(word):
+def gumbel(word):
     """-ln(-ln u), u = (word + 0.5) / 2^32, exact where u is next to 1 (as in noise.h)."""
     is_high = word >= 0xB504F334
     distance = tl.where(is_high, word ^ 0xFFFFFFFF, word).to(tl.uint32)
@@ -117,7 +117,7 @@ def _tile_best_kernel(
     if not IS_GREEDY:
         temperature = tl.load(temperature_ptr + row)
         if temperature >= GREEDY_BELOW:
-            z = z / temperature + _gumbel(_tile_words(first, tl.load(key_ptr + row), TILE))
+            z = z / temperature + gumbel(_tile_words(first, tl.load(key_ptr + row), TILE))
     z = tl.where(x > float("-inf"), z, float("-inf"))
     best = tl.max(z, axis=0)
     best_id = tl.min(tl.where(z == best, token, 0x7FFFFFFF), axis=0)
