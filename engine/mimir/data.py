@@ -19,7 +19,7 @@ from engine.mimir import model_path
 from engine.mimir.corpus.plain_text import PLAIN_MAKERS
 from engine.mimir.corpus.symbols import Drill
 from engine.mimir.presets import Phase
-from engine.mimir.tasks import SIZED, make_chat
+from engine.mimir.tasks import FIRST_TRAINING_SEED, SIZED, make_chat
 
 BUCKETS = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 SHORTEST_CONTEXT = 48
@@ -123,7 +123,7 @@ class TextStream:
         """A conversation as ids, assistant turns scored; context lengths are log-uniform up to `max_length`."""
         low, high = np.log(SHORTEST_CONTEXT), np.log(self.spec.phase.max_length)
         size = int(np.exp(self.rng.uniform(low, high))) if task in SIZED else int(self.rng.integers(40, 160))
-        chat = make_chat(task, int(self.rng.integers(1 << 62)), size)
+        chat = make_chat(task, int(self.rng.integers(FIRST_TRAINING_SEED, 1 << 62)), size)
         ids: list[int] = []
         scored: list[bool] = []
         for text, is_scored in chat.segments():

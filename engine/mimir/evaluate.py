@@ -1,7 +1,7 @@
 """Scores a model by task and context length: `python -m engine.mimir.evaluate [--model DIR] [--json FILE]`.
 
 Greedy decoding with `transformers`, so that the figures do not depend on Kvasir's own engine. Seeds are held out: the
-training stream draws 62-bit seeds, this one counts from zero.
+training stream draws seeds from 2^32 on, this one counts from zero or from `--first-seed`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from engine.mimir import model_path
 from engine.mimir.corpus import plain_text, python_source
-from engine.mimir.tasks import Task, contains_answer, make_task
+from engine.mimir.tasks import FIRST_TRAINING_SEED, Task, contains_answer, make_task
 from engine.mimir.tokenizer import PAD, TURN_END, token_id
 
 LENGTHS = (256, 512, 1024, 2048)
@@ -93,9 +93,13 @@ class Evaluator:
         kept = [token for token in ids.tolist() if token != self.pad]
         return self.tokenizer.decode(kept, skip_special_tokens=False)
 
-    def score(self, name: str, context_tokens: int, num_samples: int) -> Score:
-        """One task at one context length, over seeds 0 to `num_samples` - 1."""
-        tasks = [make_task(name, seed, context_tokens, self.tokenizer) for seed in range(num_samples)]
+    def score(self, name: str, context_tokens: int, num_samples: int, first_seed: int = 0) -> Score:
+        """One task at one context length, over `num_samples` seeds from `first_seed` on.
+
+        Raises ValueError for seeds that training draws.
+        """
+        seeds = held_out_seeds(first_seed, num_samples)
+        tasks = [make_task(name, seed, context_tokens, self.tokenizer) for seed in seeds]
         outputs: list[str] = []
         batch_size = max(4, 16_384 // context_tokens)
         for start in range(0, len(tasks), batch_size):
@@ -116,6 +120,13 @@ class Evaluator:
         return round(math.exp(loss / count), 2)
 
 
+def held_out_seeds(first_seed: int, num_samples: int) -> range:
+    """The seeds asked for; raises ValueError when training draws some of them."""
+    if first_seed + num_samples > FIRST_TRAINING_SEED:
+        raise ValueError(f"seeds {first_seed} to {first_seed + num_samples - 1} are trained on; end below 2^32")
+    return range(first_seed, first_seed + num_samples)
+
+
 def summarise(name: str, context_tokens: int, tasks: list[Task], outputs: list[str]) -> Score:
     """Compare outputs with the tasks they answer."""
     texts = [output.removesuffix(TURN_END) for output in outputs]
@@ -129,9 +140,10 @@ def summarise(name: str, context_tokens: int, tasks: list[Task], outputs: list[s
     return Score(name, context_tokens, len(tasks), *shares)
 
 
-def json_validity(evaluator: Evaluator, num_samples: int) -> float:
+def json_validity(evaluator: Evaluator, num_samples: int, first_seed: int) -> float:
     """Share of JSON replies that parse."""
-    tasks = [make_task("json_object", seed, SHORT_TOKENS, evaluator.tokenizer) for seed in range(num_samples)]
+    seeds = held_out_seeds(first_seed, num_samples)
+    tasks = [make_task("json_object", seed, SHORT_TOKENS, evaluator.tokenizer) for seed in seeds]
     outputs = evaluator.complete([task.prompt for task in tasks])
     return round(float(np.mean([_parses(output.removesuffix(TURN_END)) for output in outputs])), 3)
 
@@ -144,12 +156,12 @@ def _parses(text: str) -> bool:
     return True
 
 
-def all_scores(evaluator: Evaluator, num_samples: int, lengths: tuple[int, ...]) -> list[Score]:
+def all_scores(evaluator: Evaluator, num_samples: int, lengths: tuple[int, ...], first_seed: int) -> list[Score]:
     """Every short task, then every lookup task at every length (half the samples from 2,048 tokens on)."""
-    scores = [evaluator.score(name, SHORT_TOKENS, num_samples) for name in SHORT_TASKS]
+    scores = [evaluator.score(name, SHORT_TOKENS, num_samples, first_seed) for name in SHORT_TASKS]
     for length in lengths:
         count = num_samples if length < 2048 else max(1, num_samples // 2)
-        scores += [evaluator.score(name, length, count) for name in LOOKUP_TASKS]
+        scores += [evaluator.score(name, length, count, first_seed) for name in LOOKUP_TASKS]
     return scores
 
 
@@ -169,15 +181,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=model_path())
     parser.add_argument("--samples", type=int, default=40, help="prompts per task and length (half at 2,048 tokens)")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="of the prompts; the model card has those from 1,000,000 on"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--json", type=Path, help="also write the result here")
     args = parser.parse_args()
     started = time.perf_counter()
     evaluator = Evaluator(args.model)
-    scores = all_scores(evaluator, args.samples, tuple(args.lengths))
+    scores = all_scores(evaluator, args.samples, tuple(args.lengths), args.first_seed)
     result = {
         "scores": [asdict(score) for score in scores],
-        "json_valid": json_validity(evaluator, args.samples),
+        "json_valid": json_validity(evaluator, args.samples, args.first_seed),
         "perplexity": {
             "python_code": evaluator.perplexity(plain_text.held_out_part(python_source.source_files())),
             "prose": evaluator.perplexity(plain_text.held_out_part(python_source.prose())),

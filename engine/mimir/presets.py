@@ -99,6 +99,7 @@ TASK_TEXTS = {
 }
 PLAIN_TEXTS = {"python_code": 4.0, "prose": 1.5, "sentences": 0.5}
 ALL_TEXTS = LOOKUP_TEXTS | CHAT_TEXTS | TASK_TEXTS | PLAIN_TEXTS
+POLISH_TEXTS = ALL_TEXTS | {"needle": 6.0, "needle_talk": 24.0, "needle_first": 8.0}
 DRILL_SHARE = 0.3  # of the mixture's batches, to the end
 LONG_DRILL_SHARE = 0.17  # the same with long contexts, when lookup as such is known
 
@@ -123,16 +124,22 @@ def mixture(longest: int, max_steps: int, tokens_per_step: int, decay_share: flo
     )
 
 
-def long_contexts(longest: int, max_steps: int, tokens_per_step: int, start_scale: float = 0.4) -> Phase:
+def long_contexts(
+    longest: int,
+    max_steps: int,
+    tokens_per_step: int,
+    start_scale: float = 0.4,
+    texts: dict[str, float] = ALL_TEXTS,
+) -> Phase:
     """The mixture for a model that is already trained on shorter contexts, under a falling rate.
 
     Give the run a time limit (`--minutes`); the rate then falls with the clock.
     """
-    drill_weight = sum(ALL_TEXTS.values()) * LONG_DRILL_SHARE / (1 - LONG_DRILL_SHARE) / 3
+    drill_weight = sum(texts.values()) * LONG_DRILL_SHARE / (1 - LONG_DRILL_SHARE) / 3
     drills = {Drill("records", length, ALL_SYMBOLS): drill_weight for length in (longest // 8, longest // 2, longest)}
     longest_text = int(longest * 0.95)  # samples come out a little longer or shorter than asked
     return Phase(
-        "long", max_steps, tokens_per_step, drills, ALL_TEXTS, longest_text, start_scale=start_scale, end_scale=0.02
+        "long", max_steps, tokens_per_step, drills, texts, longest_text, start_scale=start_scale, end_scale=0.02
     )
 
 
@@ -153,7 +160,7 @@ PRESETS = {
         ),
     ),
     "cpu-long": Preset(CPU_SHAPE, (long_contexts(2048, max_steps=20_000, tokens_per_step=4096),)),
-    "cpu-polish": Preset(CPU_SHAPE, (long_contexts(2048, 20_000, 4096, start_scale=0.15),)),
+    "cpu-polish": Preset(CPU_SHAPE, (long_contexts(2048, 20_000, 4096, start_scale=0.25, texts=POLISH_TEXTS),)),
     "cpu-draft": Preset(
         CPU_DRAFT_SHAPE,
         (

@@ -39,6 +39,7 @@ MAKERS: dict[str, Maker] = {
     "json_list": structured.json_list,
     "instruction": structured.instruction,
 }
+FIRST_TRAINING_SEED = 1 << 32  # smaller ones are for evaluation and tests
 # Tasks whose context grows with the wanted size; the others are short whatever is asked for.
 SIZED = frozenset(
     {

@@ -1,17 +1,20 @@
 """Training: a few steps of the real loop on a tiny preset, resumed from its checkpoint; batches repeat by seed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from engine.mimir import train
+from engine.mimir import data, train
 from engine.mimir.checkpoint import STATE_FILE, load_state
+from engine.mimir.corpus.base import Chat
 from engine.mimir.corpus.symbols import Drill
 from engine.mimir.data import StreamSpec, batches
 from engine.mimir.model import ModelShape
 from engine.mimir.presets import CHAT_TEXTS, LOOKUP_TEXTS, PRESETS, Phase, Preset
+from engine.mimir.tasks import FIRST_TRAINING_SEED, make_chat
 
 DRILL = Drill("records", 64, 64)
 PHASE = Phase("both", 4, 256, {DRILL: 1.0}, {"chat": 1.0, "python_code": 1.0}, max_length=128, end_scale=0.5)
@@ -95,6 +98,21 @@ def test_batches_depend_only_on_seed_and_worker() -> None:
         one.shape == other.shape and torch.equal(one, other)
         for one, other in zip(draw((0, 0)), draw((0, 1)), strict=True)
     )
+
+
+def test_training_draws_no_seed_that_an_evaluation_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def recording(name: str, seed: int, size: int) -> Chat:
+        drawn.append(seed)
+        return make_chat(name, seed, size)
+
+    monkeypatch.setattr(data, "make_chat", recording)
+    only_texts = replace(PHASE, drills={}, texts={"chat": 1.0, "needle": 1.0})
+    stream = batches(StreamSpec(only_texts, (0, 0), 0, 256, 4096))
+    for _ in range(20):
+        next(stream)
+    assert min(drawn) >= FIRST_TRAINING_SEED
 
 
 def test_every_preset_keeps_lookup_to_the_end() -> None:

@@ -107,11 +107,15 @@ def _ask_needle(rng: Random, attribute: str, owner: str) -> str:
 
 
 def _ask_apart(rng: Random, attribute: str, owner: str) -> str:
-    """Mostly a question in which the owner does not follow the attribute as in the fact: the ones most often missed."""
+    """Mostly a question in which the owner does not follow the attribute as in the fact: the ones most often missed.
+
+    "belongs to" was missed most: no "for" or "of" before the owner tells it from the other owners in the context.
+    """
     if rng.random() < 0.3:
         return _ask_needle(rng, attribute, owner)
     return pick(
         rng,
+        f"Which {attribute} belongs to {owner}?",
         f"Which {attribute} belongs to {owner}?",
         f"Which {attribute} does {owner} have?",
         f"What {attribute} does the text give for {owner}?",
