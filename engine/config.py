@@ -78,6 +78,20 @@ class CacheConfig:
         "auto", "precision of cached keys and values", choices=("auto", "float32", "bfloat16", "float16")
     )
     enable_prefix_cache: bool = option(True, "reuse the blocks of equal prompt beginnings")
+    kv_policy: str = option(
+        "full",
+        "how caches of requests that do not choose are kept: a policy's name, or a JSON object with name and options; "
+        "full: everything stays",
+    )
+    kv_policies: tuple[str, ...] = option(("all",), "policies that requests may choose: names, all or none")
+    kv_artefacts: str | None = option(
+        None, "file that `kvasir calibrate` wrote for this model; default: kv_artefacts.json in its folder, if there"
+    )
+    pressure_policy: str = option(
+        "",
+        "when memory runs short, shrink caches of requests that may with this policy before preempting anybody; written "
+        "as kv_policy, default: never",
+    )
     max_pinned_blocks: int = option(
         0, "blocks that operators may pin in the prefix cache; requests cannot count on them", low=0
     )
@@ -129,6 +143,35 @@ class LoraConfig:
         None, "folder below which adapters may be loaded while the server runs; default: they may not"
     )
     lora_adapters: tuple[str, ...] = option((), "adapters loaded at start, as name=folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationConfig:
+    """Guessing tokens ahead. The output is the same with and without."""
+
+    speculative: tuple[str, ...] = option(
+        (), "drafters of requests that do not choose, in order of preference; default: they do not speculate"
+    )
+    speculative_allowed: tuple[str, ...] = option(("all",), "drafters that requests may choose: names, all or none")
+    speculative_max_nodes: int = option(8, "guessed tokens of one request in one step", low=1, high=512)
+    speculative_max_nodes_limit: int = option(64, "most that a request may ask for as max_nodes", low=1, high=512)
+    speculative_budget: str = option(
+        "auto",
+        "auto: guess as much as pays off by the times that steps take; fixed: whatever requests ask for, up to "
+        "speculative-max-rows",
+        choices=("auto", "fixed"),
+    )
+    speculative_max_rows: int = option(
+        8, "with the fixed budget: token streams in a step beyond which nothing is guessed", low=0
+    )
+    speculative_draft_model: str = option(
+        "auto",
+        "small model that some drafters guess with: a folder with the same tokenizer, or a bundled model; auto: "
+        "mimir-draft for mimir; none: such drafters are not offered",
+    )
+    speculative_draft_cache_tokens: int = option(
+        32768, "tokens that the draft model's own cache holds, taken from memory before the KV cache", low=16
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +285,7 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     limits: Limits = field(default_factory=Limits)
 

@@ -26,6 +26,7 @@ SECTION_TITLES = {
     "scheduler": "scheduler",
     "runtime": "runtime",
     "lora": "low-rank adapters",
+    "speculation": "speculative decoding",
     "server": "HTTP server",
     "limits": "limits on requests",
 }

@@ -11,6 +11,7 @@ from engine.control import Controls
 from engine.isolation import Runner, execute_isolated
 from engine.scheduling.plan import StepPlan, StepResult
 from engine.scheduling.scheduler import Scheduler
+from engine.speculation.manager import Speculation
 from engine.types import EngineRequest, EngineStats, TokenOutput
 
 # Timings kept between two calls of `stats`; older ones are dropped when nobody asks.
@@ -20,9 +21,10 @@ MAX_TIMINGS = 4096
 class EngineCore:
     """Requests in, token outputs out, one step at a time. Not thread-safe: one thread calls everything."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, speculation: Speculation | None = None) -> None:
         self.scheduler = scheduler
         self.runner = runner
+        self.speculation = speculation
         self.controls = Controls()  # what operators may do between two steps; `engine.launch` fills it
         self.started: list[str] = []  # requests that began to run in the last step
         self._num_steps = {"prefill": 0, "decode": 0, "mixed": 0}
@@ -41,6 +43,8 @@ class EngineCore:
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """Ends a request, or one choice of it, without further output. Unknown and finished ones are ignored."""
         self.scheduler.abort(request_id, choice)
+        if self.speculation is not None:
+            self.speculation.forget()
 
     def step(self) -> list[TokenOutput]:
         """Runs one step. Raises EngineDead when the device is gone; any other failure ends only its own request."""
@@ -51,9 +55,14 @@ class EngineCore:
         executed = time.perf_counter()
         outputs = self.scheduler.commit(plan, result)  # append ids, publish blocks, free the finished
         committed = time.perf_counter()
+        if self.speculation is not None:
+            self.speculation.time_step(plan, committed - started)
+            self.speculation.follow(self.scheduler.progress)
+            self.speculation.guess(self.scheduler.roster.running)  # what the next step will check besides
+        guessed = time.perf_counter()
         self.started = [new.request_id for new in plan.new_rows]
         if plan.chunks:
-            self._record(plan, result, scheduled - started + committed - executed, committed - started)
+            self._record(plan, result, scheduled - started + committed - executed, guessed - started)
         return outputs
 
     def stats(self) -> EngineStats:
@@ -67,7 +76,7 @@ class EngineCore:
         )
         for timings in (self._step_seconds, self._scheduler_seconds, self._sampler_seconds):
             timings.clear()
-        return stats
+        return stats if self.speculation is None else self.speculation.add_to(stats)
 
     def _record(self, plan: StepPlan, result: StepResult, scheduler_s: float, step_s: float) -> None:
         kind = plan.kind

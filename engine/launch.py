@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from engine import launch_pooling, logs
+from engine import launch_calibration, launch_pooling, logs
 from engine.adapters import Adapters
 from engine.config import Config
 from engine.control import Payload
@@ -28,12 +28,17 @@ from engine.types import AdapterInfo, ModelInfo
 if TYPE_CHECKING:
     import torch
 
+    from engine.compression.artefacts import Artefacts
+    from engine.compression.resolver import Policies
     from engine.constraints.vocabulary import Vocabulary
     from engine.core import EngineCore
     from engine.execution.adapters import RowAdapters
     from engine.execution.runner import ModelRunner
     from engine.models.batch import Model
     from engine.models.pooling import Pooler
+    from engine.scheduling.pressure import Pressure
+    from engine.scheduling.scheduler import Scheduler
+    from engine.speculation.manager import Budget
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +62,19 @@ def resolve_model_path(name: str) -> Path:
     return path
 
 
-def build_core(config: Config, progress: Progress = lambda phase, detail, share: None) -> tuple[EngineCore, ModelInfo]:
-    """Loads the model, sizes the cache and wires scheduler and runner. Raises ConfigError."""
+def build_core(
+    config: Config, progress: Progress = lambda phase, detail, share: None, *, has_yardsticks: bool = False
+) -> tuple[EngineCore, ModelInfo]:
+    """Loads the model, sizes the cache and wires scheduler and runner. Raises ConfigError.
+
+    has_yardsticks   requests may name cache policies that are for measurements only
+    """
     _check_import_name()
     import kernels.backend
     from engine.models import load_model
 
     path = resolve_model_path(config.model.model)
-    device = _resolve_device(config.model.device)
+    device = resolve_device(config.model.device)
     _set_threads(config.runtime.threads)
     if config.runtime.kernel_backend != "auto":
         kernels.backend.use(config.runtime.kernel_backend)
@@ -92,7 +102,15 @@ def build_core(config: Config, progress: Progress = lambda phase, detail, share:
         )
     progress("warming", "kernels", 0.0)
     pooler = launch_pooling.decoder_pooler(path, config, device)
-    core, info = wire(model, config, device, _vocabulary(config, path, model), pooler)
+    core, info = wire(
+        model,
+        config,
+        device,
+        _vocabulary(config, path, model),
+        pooler,
+        artefacts=launch_calibration.find_artefacts(config, path),
+        has_yardsticks=has_yardsticks,
+    )
     progress("warming", "kernels", 1.0)
     return core, info
 
@@ -103,13 +121,19 @@ def wire(
     device: torch.device,
     vocabulary: Vocabulary | None = None,
     pooler: Pooler | None = None,
+    *,
+    artefacts: Artefacts | None = None,
+    has_yardsticks: bool = False,
 ) -> tuple[EngineCore, ModelInfo]:
     """Puts a loaded model, a cache, a runner and a scheduler together, and runs them once.
 
     vocabulary   what constraints on outputs need; None: requests have none
     pooler       what embeddings and class scores need; None: the model only generates
+    artefacts    what cache policies need to know of the model; None: those that do are refused
+    has_yardsticks  see `build_core`
     """
     import kernels.backend
+    from engine.compression.resolver import Policies
     from engine.core import EngineCore
     from engine.execution import kv_cache
     from engine.execution.constraints import RowConstraints
@@ -118,10 +142,14 @@ def wire(
     from engine.execution.rows import RowTable
     from engine.execution.runner import ModelRunner
     from engine.execution.sampler import Sampler
+    from engine.launch_speculation import DrafterSource
     from engine.scheduling.scheduler import Scheduler
+    from engine.speculation.manager import Speculation
+    from engine.speculation.options import SpeculationResolver
 
     lora = _wire_adapters(model, config, device)
     cache_dtype = _resolve_cache_dtype(config.cache.kv_cache_dtype, device, model)
+    guessing = DrafterSource(config, model)  # before the KV cache takes what is left
     size = size_cache(config, model.spec, cache_dtype, device, model.max_model_len)
     if config.cache.max_pinned_blocks > size.num_blocks - 2:
         raise ConfigError(
@@ -140,6 +168,7 @@ def wire(
         pooling=None if pooler is None else PoolingRows(pooler),
     )
     _warm_up(runner, size.max_model_len, block_size)
+    policies = Policies(config.cache, model.spec, cache_dtype, artefacts, has_yardsticks)
     scheduler = Scheduler(
         config.scheduler,
         config.cache,
@@ -148,6 +177,10 @@ def wire(
         eos_token_ids=model.eos_token_ids,
         model_name=config.model.model,
         adapters=lora.table,
+        policies=policies,
+        pressure=_pressure(config, policies),
+        block_bytes=block_size * kv_cache.bytes_per_token(model.spec, cache_dtype),
+        speculation=SpeculationResolver(config.speculation, guessing.names),
     )
     info = ModelInfo(
         architecture=model.architecture,
@@ -169,13 +202,40 @@ def wire(
         can_generate=pooler is None or pooler.config.has_language_head,
         pooling=None if pooler is None else pooler.info,
     )
-    core = EngineCore(scheduler, runner)
+    speculation = Speculation(guessing.make, _speculation_budget(config, scheduler), model.vocab_size)
+    core = EngineCore(scheduler, runner, speculation)
     scheduler.cache_control.offer(core.controls)
     StepProfiler(core, config.runtime.profile_folder).offer(core.controls)
     core.controls.add("log_level", _set_log_level)
     if lora.adapters is not None:
         lora.adapters.offer(core.controls)
     return core, info
+
+
+def _pressure(config: Config, policies: Policies) -> Pressure | None:
+    """What shrinks caches when memory runs short, if anything. Raises ConfigError."""
+    from engine.scheduling.pressure import Pressure
+
+    if not config.cache.pressure_policy:
+        return None
+    return Pressure(policies.under_pressure(config.cache.pressure_policy), is_default=policies.default_may_shrink)
+
+
+def _speculation_budget(config: Config, scheduler: Scheduler) -> Budget:
+    from engine.speculation.calibration import Calibration
+    from engine.speculation.cost import CostTable
+    from engine.speculation.load_budget import LoadAwareBudget
+    from engine.speculation.manager import FixedBudget
+
+    if config.speculation.speculative_budget == "fixed":
+        return FixedBudget(config.speculation.speculative_max_rows)
+    return LoadAwareBudget(
+        CostTable(),
+        Calibration(),
+        max_rows=config.scheduler.max_num_batched_tokens,
+        num_waiting_tokens=lambda: scheduler.roster.queue.num_tokens,
+        num_free_slots=lambda: scheduler.cache.num_unclaimed_slots,
+    )
 
 
 @dataclass(frozen=True)
@@ -238,7 +298,7 @@ def _check_import_name() -> None:
     logger.warning("%s; one may overwrite the other: %s", problem, remedy)
 
 
-def _resolve_device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":

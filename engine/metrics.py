@@ -10,10 +10,11 @@ import platform
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 from prometheus_client.gc_collector import GCCollector
 
 from engine.metrics_compat import VllmNames
+from engine.metrics_compression import CompressionMetrics
 from engine.metrics_factory import (
     ITL_BUCKETS,
     LATENCY_BUCKETS,
@@ -21,9 +22,11 @@ from engine.metrics_factory import (
     STEP_TOKEN_BUCKETS,
     TOKEN_BUCKETS,
     TTFT_BUCKETS,
+    Histogram,
     MetricFactory,
 )
 from engine.metrics_grammar import GrammarMetrics
+from engine.metrics_speculation import SpeculationMetrics
 from engine.types import EngineStats, ModelInfo
 from engine.version import __version__, commit
 
@@ -61,6 +64,7 @@ class HttpMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._known: set[tuple[str, str]] = set()
+        self._in_flight_of: dict[str, Gauge] = {}  # by route: finding a series by its labels takes the library a while
         self._requests = Counter(
             "kvasir_http_requests", "Answered HTTP requests", ["route", "method", "status"], registry=registry
         )
@@ -68,8 +72,8 @@ class HttpMetrics:
             "kvasir_http_request_duration_seconds",
             "From request head to the end of the answer",
             ["route"],
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
+            LATENCY_BUCKETS,
+            registry,
         )
         self._in_flight = Gauge("kvasir_http_in_flight", "HTTP requests being answered", ["route"], registry=registry)
         rejections = Counter("kvasir_http_rejections", "Requests refused, by reason", ["reason"], registry=registry)
@@ -90,21 +94,24 @@ class HttpMetrics:
         self.tokenize_seconds = Histogram(
             "kvasir_tokenize_seconds",
             "Template and tokenizer for one prompt, waiting for a thread included",
-            buckets=STEP_BUCKETS,
-            registry=registry,
-        )
+            (),
+            STEP_BUCKETS,
+            registry,
+        ).labels()
         self.detokenize_seconds = Histogram(
             "kvasir_detokenize_seconds",
             "Tokens of one step into text, for all its requests",
-            buckets=STEP_BUCKETS,
-            registry=registry,
-        )
+            (),
+            STEP_BUCKETS,
+            registry,
+        ).labels()
         self.loop_lag = Histogram(
             "kvasir_event_loop_lag_seconds",
             "Delay of a timer on the front end's event loop",
-            buckets=STEP_BUCKETS,
-            registry=registry,
-        )
+            (),
+            STEP_BUCKETS,
+            registry,
+        ).labels()
         self.declare([(OTHER, OTHER)])
 
     def declare(self, routes: Iterable[tuple[str, str]]) -> None:
@@ -114,13 +121,13 @@ class HttpMetrics:
             for status in STATUSES:
                 self._requests.labels(route, method, status)
             self._durations.labels(route)
-            self._in_flight.labels(route)
+            self._in_flight_of[route] = self._in_flight.labels(route)
 
     def began(self, route: str) -> None:
-        self._in_flight.labels(route).inc()
+        self._in_flight_of[route].inc()
 
     def ended(self, route: str, method: str, status: int, seconds: float) -> None:
-        self._in_flight.labels(route).dec()
+        self._in_flight_of[route].dec()
         self._durations.labels(route).observe(seconds)
         label = method if (route, method) in self._known else OTHER
         self._requests.labels(route, label, str(status)).inc()
@@ -157,7 +164,7 @@ class RequestMetrics:
         self.ttft_seconds = make.histogram(
             "kvasir_time_to_first_token_seconds", "From arrival to the first token", TTFT_BUCKETS
         )
-        self.itl_seconds = make.token_histogram(
+        self.itl_seconds = make.histogram(
             "kvasir_inter_token_latency_seconds",
             "Gap before each token but a choice's first; k tokens at once are k gaps of one k-th",
             ITL_BUCKETS,
@@ -200,6 +207,8 @@ class EngineMetrics:
         self._define_steps(make)
         self._define_tokens(make)
         self._define_cache(make)
+        self.speculation = SpeculationMetrics(make)
+        self.compression = CompressionMetrics(make)
 
     def _define_queue(self, make: MetricFactory) -> None:
         self.running = make.gauge("kvasir_requests_running", "Token streams in the running batch")
@@ -219,7 +228,7 @@ class EngineMetrics:
         self.scheduler_seconds = make.histogram("kvasir_scheduler_seconds", "Scheduling work of a step", STEP_BUCKETS)
         self.sampler_seconds = make.histogram("kvasir_sampler_seconds", "Sampling work of a step", STEP_BUCKETS)
         self.preemptions = make.counters(
-            "kvasir_preemptions", "Running requests put back into the queue", "mode", ("recompute",)
+            "kvasir_preemptions", "Running requests that gave way", "mode", ("recompute", "compress")
         )
 
     def _define_tokens(self, make: MetricFactory) -> None:
@@ -278,6 +287,7 @@ class EngineMetrics:
             self.sampler_seconds.observe(seconds)
         for counter, name in (
             (self.preemptions["recompute"], "num_preemptions"),
+            (self.preemptions["compress"], "num_shrunk"),
             (self.prompt_tokens["computed"], "prompt_tokens_computed"),
             (self.prompt_tokens["cache_device"], "prompt_tokens_cached"),
             (self.generation_tokens, "generation_tokens"),
@@ -289,6 +299,8 @@ class EngineMetrics:
             (self.prefix_evicted["capacity"], "prefix_evicted_blocks"),
         ):
             self._advance(counter, name, getattr(stats, name))
+        self.speculation.update(stats, self._advance)
+        self.compression.update(stats, self._advance)
 
     def set_state(self, phase: str, *, is_ready: bool, num_restarts: int, heartbeat_age_s: float) -> None:
         """Once per scrape."""
@@ -310,8 +322,9 @@ class EngineMetrics:
     def _advance(self, counter: Counter, key: str, value: float) -> None:
         """A restarted engine counts from 0 again: then its whole value is new."""
         before = self._seen.get(key, 0.0)
-        counter.inc(value - before if value >= before else value)
-        self._seen[key] = value
+        if value != before:
+            counter.inc(value - before if value > before else value)
+            self._seen[key] = value
 
 
 class _BuildInfo:

@@ -27,10 +27,13 @@ NAMES = {
     "kvasir_prefix_cache_hit_tokens": "vllm:prefix_cache_hits",
     "kvasir_preemptions": "vllm:num_preemptions",
     "kvasir_requests": "vllm:request_success",
+    "kvasir_spec_steps": "vllm:spec_decode_num_drafts",
+    "kvasir_spec_verified_tokens": "vllm:spec_decode_num_draft_tokens",
+    "kvasir_spec_accepted_tokens": "vllm:spec_decode_num_accepted_tokens",
 }
 LABELS = {"model": "model_name", "finish_reason": "finished_reason"}
 # their series has no such label: ours is summed over it
-DROPPED = frozenset({"source", "tier", "mode", "priority_class"})
+DROPPED = frozenset({"source", "tier", "mode", "priority_class", "drafter"})
 ENGINE = "0"
 
 

@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -27,18 +27,16 @@ STEP_BUCKETS = tuple(0.0001 * 2**i for i in range(17))
 TOKEN_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
 STEP_TOKEN_BUCKETS = (1, *(8 * 2**i for i in range(12)))
 
-Family = TypeVar("Family", Counter, Gauge, Histogram)
+Family = TypeVar("Family", bound=Collector)
 
 
-class TokenHistogram(Collector):
-    """A histogram that is observed once per token: one writer, no lock, the bucket found by bisection."""
+class Series:
+    """One histogram: one writer, no lock, the bucket found by bisection. The library's takes a dozen calls a value."""
 
-    def __init__(self, name: str, text: str, labels: Mapping[str, str], buckets: Sequence[float]) -> None:
-        self._name = name
-        self._text = text
-        self._labels = dict(labels)
-        self._bounds = [*map(float, buckets), math.inf]
-        self._counts = [0] * len(self._bounds)
+    def __init__(self, bounds: Sequence[float]) -> None:
+        """bounds   upper ones, ascending; the last is infinite"""
+        self._bounds = bounds
+        self._counts = [0] * len(bounds)
         self._sum = 0.0
 
     def observe(self, value: float, count: int = 1) -> None:
@@ -46,11 +44,35 @@ class TokenHistogram(Collector):
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count
 
-    def collect(self) -> Iterator[Metric]:
-        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
         cumulated = zip(self._bounds, itertools.accumulate(self._counts), strict=True)
         buckets = [("+Inf" if bound == math.inf else str(bound), float(count)) for bound, count in cumulated]
-        family.add_metric(list(self._labels.values()), buckets, sum_value=self._sum)
+        family.add_metric(labels, buckets, sum_value=self._sum)
+
+
+class Histogram(Collector):
+    """A family of histograms, told apart by their labels. A series exists from the first `labels` on."""
+
+    def __init__(
+        self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float], registry: CollectorRegistry
+    ) -> None:
+        self._name = name
+        self._text = text
+        self._labels = list(labels)
+        self._bounds = [*map(float, buckets), math.inf]
+        self._series: dict[tuple[str, ...], Series] = {}
+        registry.register(self)
+
+    def labels(self, *values: str) -> Series:
+        series = self._series.get(values)
+        if series is None:
+            series = self._series[values] = Series(self._bounds)
+        return series
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        for values, series in self._series.items():
+            series.add_to(family, values)
         yield family
 
 
@@ -77,20 +99,13 @@ class MetricFactory:
         family = self._keep(name, Gauge(name, text, ["model", label, *fixed], registry=self._registry))
         return {value: family.labels(self.model, value, *fixed.values()) for value in values}
 
-    def histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        family = Histogram(name, text, ["model"], buckets=buckets, registry=self._registry)
-        return self._keep(name, family).labels(self.model)
-
-    def token_histogram(self, name: str, text: str, buckets: Sequence[float]) -> TokenHistogram:
-        family = TokenHistogram(name, text, {"model": self.model}, buckets)
-        self._registry.register(family)
-        self.families[name] = family
-        return family
+    def histogram(self, name: str, text: str, buckets: Sequence[float]) -> Series:
+        return self._keep(name, Histogram(name, text, ["model"], buckets, self._registry)).labels(self.model)
 
     def histograms(
         self, name: str, text: str, buckets: Sequence[float], label: str, values: Iterable[str]
-    ) -> dict[str, Histogram]:
-        family = self._keep(name, Histogram(name, text, ["model", label], buckets=buckets, registry=self._registry))
+    ) -> dict[str, Series]:
+        family = self._keep(name, Histogram(name, text, ["model", label], buckets, self._registry))
         return {value: family.labels(self.model, value) for value in values}
 
     def info(self, name: str, text: str, labels: Mapping[str, str]) -> Gauge:

@@ -18,6 +18,11 @@ class Purpose(IntEnum):
     """What a draw is for. Draws of different purposes are independent."""
 
     TOKEN = 0  # choosing the token at an output index, by the target model or by a drafter that mimics it
+    DRAFT = 1  # what a drafter draws in the step whose first token has the output index
+    VERIFY = 2  # accepting and rejecting the drafts of that step
+    EVICTION = 3  # which tokens a cache policy keeps; here the choice is the layer and the output index the kv head
+    ANCHOR = 4  # what such a policy compares tokens with, likewise
+    EVIDENCE = 5  # noise in the attention that such a policy sums up; the output index is the query's position
 
 
 def stream_key(seed: int, choice: int, purpose: int = Purpose.TOKEN) -> int:
@@ -35,8 +40,21 @@ def row_key(seed: int, choice: int, output_index: int, purpose: int = Purpose.TO
 
     Within one choice, different output indices always have different keys.
     """
-    key = _mix((stream_key(seed, choice, purpose) + GOLDEN * (output_index + 1)) & _MASK)
-    return key - (1 << 64) if key >> 63 else key
+    return _signed(_mix((stream_key(seed, choice, purpose) + GOLDEN * (output_index + 1)) & _MASK))
+
+
+def subkey(key: int, index: int) -> int:
+    """Key number `index` under a row key, signed as that: for rows of noise within one step. Indices from 0."""
+    return _signed(_mix((key + GOLDEN * (index + 1)) & _MASK))
+
+
+def uniform(key: int, index: int) -> float:
+    """Uniform variable number `index` under a key, in [0, 1) with 53 bits. Not for keys that `subkey` divides."""
+    return (_mix((key + GOLDEN * (index + 1)) & _MASK) >> 11) * 2.0**-53
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
 
 
 def _mix(x: int) -> int:

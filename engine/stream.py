@@ -272,6 +272,8 @@ class RequestStream:
             cache_miss=output.cache_miss,
             queued_s=output.queued_s,
             num_preemptions=output.num_preemptions,
+            kv=output.kv,
+            speculative=output.speculative,
         )
         pieces = self._pending.get(output.choice)
         if pieces is None:

@@ -106,8 +106,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     tenant: str = ""  # fairness and prefix-sharing domain: a digest of the API key
     cache_salt: str = ""  # further splits the prefix cache inside a tenant
     deadline_s: float | None = None  # seconds from arrival in the core until the request is ended
-    kv_policy: dict[str, Any] | None = None  # cache compression choice; refused at admission: there is none yet
-    speculative: dict[str, Any] | None = None  # drafting choice; likewise
+    kv_policy: dict[str, Any] | None = None  # how the cache is kept: {"name": ..., options}; None: as configured
+    speculative: dict[str, Any] | None = None  # who guesses and how much: see engine.speculation; None: as configured
     constraint: CompiledConstraint | None = None
     pooling: PoolingParams | None = None  # the request ends after its prompt, with a pooled output and no token
     adapter: str = ""  # key of a loaded low-rank adapter (`AdapterInfo.key`); "" is the base model
@@ -121,6 +121,29 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     rank: int  # 1 is the most likely token
     top_ids: list[int]
     top_logprobs: list[float]
+
+
+class SpeculationUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What speculation did for a choice so far."""
+
+    steps: int  # that checked guessed tokens
+    drafted: int  # guessed tokens that were checked
+    accepted: int  # those of them that were right
+    by_source: dict[str, tuple[int, int]] = {}  # name of the drafter -> its drafted and accepted
+
+
+class KVUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a choice with a cache policy has taken so far. A slot holds one token in every layer and kv head."""
+
+    policy: str
+    peak_slots: int  # the most that it held at a time
+    steady_slots: int  # that it holds now
+    evicted_tokens: int  # computed and no longer in the cache
+    merged_tokens: int = 0  # those of them that live on in the mean of others
+    released_bytes: int  # given back before the end
+    private_bytes: int  # held alone
+    shared_bytes: int  # held together with the prefix cache
+    bits_per_value: float
 
 
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -141,6 +164,8 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     error: str | None = None  # for "error": one of the `code`s of engine.errors
     queued_s: float | None = None  # arrival to first scheduling; with the first output
     num_preemptions: int = 0  # with the final output
+    kv: KVUsage | None = None  # of a request with a cache policy; with every output, because any may be the last
+    speculative: SpeculationUsage | None = None  # of a request that speculates; likewise
     pooled: bytes | None = None  # float32 little-endian, row by row; the whole output of a pooling request
     pooled_shape: tuple[int, ...] = ()
 
@@ -315,6 +340,8 @@ class TextOutput(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     queued_s: float | None = None  # as in TokenOutput: with the first output
     num_preemptions: int = 0  # as in TokenOutput: with the final output
+    kv: KVUsage | None = None  # as in TokenOutput: so far
+    speculative: SpeculationUsage | None = None  # as in TokenOutput: so far
 
     @property
     def size_bytes(self) -> int:
@@ -387,6 +414,15 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         return (self.num_blocks - 1 - self.max_pinned_blocks) * self.block_size
 
 
+class CompressionCounts(msgspec.Struct, kw_only=True):
+    """What the compactions of one cache policy have come to."""
+
+    requests: int = 0  # by their first compaction
+    compactions: int = 0
+    evicted_tokens: int = 0
+    released_bytes: int = 0
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counters and gauges of the core, sent after a step and with every heartbeat. Counters only grow."""
 
@@ -402,6 +438,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     scheduler_seconds: list[float] = []
     sampler_seconds: list[float] = []
     num_preemptions: int = 0
+    num_shrunk: int = 0  # caches compressed because memory was short
+    compression: dict[str, CompressionCounts] = {}  # by policy
     prompt_tokens_computed: int = 0
     prompt_tokens_cached: int = 0
     generation_tokens: int = 0
@@ -411,3 +449,15 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_hit_tokens: int = 0
     prefix_evicted_blocks: int = 0
     aborted_tokens: int = 0
+    spec_steps: int = 0  # rows that checked a draft, summed over steps
+    spec_emitted: int = 0  # tokens that came out of them
+    spec_drafted: dict[str, int] = {}  # drafter -> nodes checked
+    spec_accepted: dict[str, int] = {}
+    spec_reached_at_depth: list[int] = []  # [i]: drafts whose path was accepted down to depth i and that went on
+    spec_accepted_at_depth: list[int] = []  # those of them that were accepted at depth i + 1
+    spec_proposed: dict[str, int] = {}  # drafter -> nodes guessed, checked or not
+    spec_propose_seconds: list[float] = []  # since the last report: time to guess, per step
+    spec_state_bytes: int = 0  # what drafters have learnt
+    spec_expected_rate: float = 0.0  # tokens a second that the last selection of drafts counted on
+    spec_selected_nodes: int = 0  # nodes in it
+    spec_calibration_error: float = 0.0  # mean distance between predicted and observed acceptance

@@ -18,9 +18,11 @@ from engine.types import (
     ChatPrompt,
     Delta,
     GenerationRequest,
+    KVUsage,
     LogprobEntry,
     ModelInfo,
     OutputParsing,
+    SpeculationUsage,
     TextOutput,
 )
 from server.chat_tools import CallPlan, plan_calls
@@ -65,6 +67,8 @@ class ChoiceEvent:
     prompt_token_ids: list[int] | None  # with the first event of a choice
     prompt_logprobs: list[LogprobEntry | None] | None  # once, when asked for
     cache_miss: str | None = None  # why the prefix cache did not have all of the prompt; with the first event
+    kv: KVUsage | None = None  # what its cache policy has taken so far
+    speculative: SpeculationUsage | None = None  # what guessing ahead did so far
 
 
 class EventReader:
@@ -100,6 +104,8 @@ class EventReader:
             prompt_token_ids=output.prompt_token_ids,
             prompt_logprobs=output.prompt_logprobs,
             cache_miss=output.cache_miss,
+            kv=output.kv,
+            speculative=output.speculative,
         )
 
     def _finish_reason(self, output: TextOutput) -> str | None:

@@ -105,6 +105,30 @@ def one_of(*allowed: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _named_choice(value: Any) -> dict[str, Any]:
+    """A name alone, or an object with `name` and options, whose values the engine checks."""
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise wrong_type("a name, or an object with a name and options")
+    return dict(value)
+
+
+def _speculative(value: Any) -> dict[str, Any]:
+    """Drafters' names alone, false, or an object, whose values the engine checks."""
+    if value is False:
+        return {"off": True}
+    if isinstance(value, (str, list)):
+        return {"drafters": value}
+    if not isinstance(value, dict):
+        raise wrong_type("an object with drafters, max_nodes, verifier or off")
+    return {name: entry for name, entry in value.items() if entry is not None}
+
+
+Speculative = Annotated[dict[str, Any], BeforeValidator(_speculative)]
+NamedChoice = Annotated[dict[str, Any], BeforeValidator(_named_choice)]
+
+
 def _seed(value: int) -> int:
     if not INT64_MIN <= value <= INT64_MAX:
         raise wrong_value("must fit into 64 bits")

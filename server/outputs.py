@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from engine.types import TextOutput
+from engine.types import KVUsage, SpeculationUsage, TextOutput
 
 # one piece of choice `output.choice` of prompt number `index`: (index, output)
 Piece = tuple[int, TextOutput]
@@ -31,6 +31,12 @@ class TokenCounts(Protocol):
 
     @property
     def num_reasoning_tokens(self) -> int: ...
+
+    @property
+    def kv(self) -> KVUsage | None: ...
+
+    @property
+    def speculative(self) -> SpeculationUsage | None: ...
 
 
 def merge(pieces: Sequence[Piece]) -> list[Piece]:
@@ -68,10 +74,43 @@ class UsageCounter:
         if self._misses:
             details["cache_miss_reason"] = self._misses[min(self._misses)]
         num_reasoning = sum(last.num_reasoning_tokens for last in self._last.values())
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_output,
             "total_tokens": num_prompt + num_output,
             "prompt_tokens_details": details,
             "completion_tokens_details": {"reasoning_tokens": num_reasoning},
         }
+        if caches := [last.kv for last in self._last.values() if last.kv is not None]:
+            usage["kv"] = _joined(caches)
+        if speculations := [last.speculative for last in self._last.values() if last.speculative is not None]:
+            usage["speculative"] = _added(speculations)
+        return usage
+
+
+def _added(speculations: Sequence[SpeculationUsage]) -> dict[str, Any]:
+    """The sums over all choices."""
+    by_source: dict[str, dict[str, int]] = {}
+    for speculation in speculations:
+        for source, (drafted, accepted) in speculation.by_source.items():
+            entry = by_source.setdefault(source, {"drafted": 0, "accepted": 0})
+            entry["drafted"] += drafted
+            entry["accepted"] += accepted
+    return {
+        "steps": sum(speculation.steps for speculation in speculations),
+        "drafted": sum(speculation.drafted for speculation in speculations),
+        "accepted": sum(speculation.accepted for speculation in speculations),
+        "by_source": by_source,
+    }
+
+
+def _joined(caches: Sequence[KVUsage]) -> dict[str, Any]:
+    """Slots are those of the largest cache, tokens and bytes those of all choices together."""
+    totals = ("evicted_tokens", "merged_tokens", "released_bytes", "private_bytes", "shared_bytes")
+    return {
+        "policy": caches[0].policy,
+        "peak_slots": max(cache.peak_slots for cache in caches),
+        "steady_slots": max(cache.steady_slots for cache in caches),
+        **{name: sum(getattr(cache, name) for cache in caches) for name in totals},
+        "bits_per_value": caches[0].bits_per_value,
+    }

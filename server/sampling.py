@@ -75,6 +75,8 @@ def request_options(fields: SamplingFields, config: Config) -> dict[str, Any]:
         "truncation_side": fields.truncation_side,
         "priority": fields.priority,
         "cache_salt": fields.salt,
+        "kv_policy": fields.kv_policy,
+        "speculative": fields.speculative,
         "constraint": constraint_of(fields),
         "deadline_s": limit_s if fields.timeout is None else min(fields.timeout, limit_s),
     }

@@ -18,9 +18,11 @@ from server.fields import (
     Label,
     LogitBias,
     Metadata,
+    NamedChoice,
     Number,
     Seed,
     ShortText,
+    Speculative,
     StopStrings,
     StopTokenIds,
     TemplateKwargs,
@@ -76,6 +78,8 @@ class SamplingFields(ConstraintFields):
     truncate_prompt_tokens: Annotated[Integer, between(-1, INT32_MAX)] | None = None
     truncation_side: Annotated[Literal["left", "right"], one_of("left", "right")] = "left"  # where tokens are dropped
     priority: Annotated[Integer, between(-INT32_MAX, INT32_MAX)] = 0
+    speculative: Speculative | None = None  # who guesses tokens ahead; None: the server's default
+    kv_policy: NamedChoice | None = None  # how the KV cache is kept; None: the server's default
     cache_salt: Label | None = None
     extra_key: Label | None = None  # SGLang's name for it; both together are a salt of their own
     request_id: Label | None = None  # instead of the X-Request-Id header, for operators' aborts

@@ -29,7 +29,6 @@ UNSUPPORTED: dict[str, str] = {
     **dict.fromkeys(("session_params", "vllm_xargs"), _LATER),
     **dict.fromkeys(("audio", "web_search_options", "mm_processor_kwargs"), _LATER),
     **dict.fromkeys(("lora_path", "return_hidden_states", "kv_transfer_params"), _LATER),
-    **dict.fromkeys(("kv_policy", "speculative"), _LATER),
 }
 # What asks for nothing, besides null and false.
 _NEUTRAL: dict[str, float] = {
@@ -61,15 +60,16 @@ Request = TypeVar("Request", bound=Body)
 
 def parse(kind: type[Request], body: dict[str, Any], limits: Limits, metrics: Metrics) -> Request:
     """Raises InvalidParameter or UnsupportedParameter; counts fields that nobody knows."""
-    refuse_unsupported({name: value for name, value in body.items() if name not in kind.model_fields})
-    for name in CHAT_ONLY.difference(kind.model_fields):
+    known = kind.model_fields
+    refuse_unsupported({name: value for name, value in body.items() if name not in known})
+    for name in CHAT_ONLY.difference(known):
         if body.get(name) not in (None, "none"):
             raise UnsupportedParameter(f"{name} belongs to chat requests; leave it out here", param=name)
-    for name in CONSTRAINT_FIELDS.difference(kind.model_fields):
+    for name in CONSTRAINT_FIELDS.difference(known):
         if body.get(name) not in (None, False, {"type": "text"}):
             raise UnsupportedParameter(f"{name} constrains generated text; leave it out here", param=name)
     request = validated(kind, body, limits)
-    num_unknown = sum(1 for name in body if name not in kind.model_fields and name not in _HARMLESS)
+    num_unknown = sum(1 for name in body if name not in known and name not in _HARMLESS)
     if num_unknown:
         metrics.http.unknown_fields.inc(num_unknown)
     return request

@@ -8,14 +8,17 @@ import torch
 
 import kernels
 from engine.execution.rows import RowTable, StepTensors
+from engine.execution.speculation import lay_out_trees, write_drafts
 from engine.models.batch import ForwardBatch
 from engine.scheduling.plan import Chunk
 
 
 def build_batch(chunks: Sequence[Chunk], rows: RowTable, num_kv_heads: int, device: torch.device) -> ForwardBatch:
     """One ragged batch of all chunks: T = sum of their tokens, R = their number."""
+    write_drafts(chunks, rows)
     found = rows.gather(chunks)
     host = tensors = found.tensors
+    parents = lay_out_trees(chunks, host)
     if device.type != "cpu":
         tensors = StepTensors(*(tensor.to(device, non_blocking=True) for tensor in host))
     return ForwardBatch(
@@ -27,6 +30,6 @@ def build_batch(chunks: Sequence[Chunk], rows: RowTable, num_kv_heads: int, devi
         block_table=rows.block_table([chunk.row for chunk in chunks], found.max_seq_len),
         max_seqlen_q=found.max_seqlen_q,
         attention_plan=kernels.plan_attention(
-            host.cu_seqlens_q, host.seq_lens, num_kv_heads=num_kv_heads, device=device
+            host.cu_seqlens_q, host.seq_lens, num_kv_heads=num_kv_heads, device=device, parents=parents
         ),
     )

@@ -28,8 +28,9 @@ MAX_THREADS = 4
 # With so few rows, asking a matcher at once what it forces next is worth the time between two steps that it takes: a
 # forward pass is saved. With more it would take too long, and what is forced shows a token later, with the mask.
 MAX_EAGER_ROWS = 4
-# Of a larger batch, a row that takes more than one token costs the whole step its fastest way: it must be worth it.
-MIN_JUMP = 4
+# A step in which any row computes more than one token costs about what so many tokens cost: in a larger batch, what
+# is forced in one step is appended when it saves as many, in all rows together.
+MIN_JUMPED = 3
 ALL_ALLOWED = -1
 
 
@@ -87,6 +88,7 @@ class RowConstraints:
         self._eos_mask = np.zeros(self._mask_words, dtype=np.uint32)
         for token_id in self._eos_token_ids:
             self._eos_mask[token_id // 32] |= np.uint32(1 << token_id % 32)
+        self._eos_words = np.flatnonzero(self._eos_mask)
         self._masks = torch.zeros(0)  # [max_rows, mask_words] int32 once there is a constrained row
         self._executor: LLExecutor | None = None
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="grammar")
@@ -119,6 +121,18 @@ class RowConstraints:
             self._wait()
             self.failed.discard(row)
             self._masks[row] = ALL_ALLOWED
+
+    def has(self, row: int) -> bool:
+        return row in self._rows
+
+    def has_ended(self, row: int, token_id: int) -> bool:
+        """Whether the token ends a constrained row: nothing may follow it."""
+        return row in self._rows and token_id in self._eos_token_ids
+
+    @property
+    def are_built(self) -> bool:
+        """No row has to wait for its matcher, or still may have to."""
+        return not self._unbuilt
 
     def waiting(self, rows: Sequence[int]) -> set[int]:
         """Those of the rows that cannot choose yet. Gives their matchers a moment, which mostly is enough."""
@@ -159,7 +173,7 @@ class RowConstraints:
         state.pending.append(token_id)
         if not state.can_jump or token_id in self._eos_token_ids:
             return []
-        forced = known[1:] if known[:1] == [token_id] and len(known) > MIN_JUMP else []
+        forced = known[1:] if known[:1] == [token_id] else []
         if not forced and len(self._rows) <= MAX_EAGER_ROWS:
             self._catch_up(state)
             forced = self._forced_by(state)
@@ -206,28 +220,32 @@ class RowConstraints:
 
     def _follow(self, todo: list[tuple[_Row, int]]) -> None:
         assert self._executor is not None
-        steps = []
         masks: list[tuple[LLMatcher, int]] = []
+        behind: list[tuple[LLMatcher, list[int]]] = []
         for state, row in todo:
             assert state.matcher is not None, "only rows that have one are followed"
             masks.append((state.matcher, row))
-            if len(state.pending) == 1:
-                steps.append((state.matcher, state.pending.pop()))
-            elif state.pending:
-                self._catch_up(state)
-        if steps:
-            self._executor.consume_token_par(steps)
+            if state.pending:
+                behind.append((state.matcher, state.pending))
+                state.pending = []
+        # one token of every row after the other: unlike a matcher's own call, this one lets the interpreter go
+        for i in range(max([len(pending) for _, pending in behind], default=0)):
+            self._executor.consume_token_par([(matcher, ids[i]) for matcher, ids in behind if i < len(ids)])
         self._executor.unsafe_compute_mask_ptr(
             masks, self._masks.data_ptr(), self._mask_words * self._masks.element_size(), self._max_rows
         )
         self.failed.update([row for matcher, row in masks if matcher.is_error()])
-        self._withhold_eos([row for state, row in todo if state.ignores_eos])
-        jumping = [(state, row) for state, row in todo if state.can_jump]
-        if jumping:
-            has_one = self._has_one_token([row for _, row in jumping])
-            for i in np.flatnonzero(has_one).tolist():
-                state = jumping[i][0]
-                state.forced = self._forced_by(state)
+        if endless := [row for state, row in todo if state.ignores_eos]:
+            self._withhold_eos(endless)
+        self._find_forced([(state, row) for state, row in todo if state.can_jump])
+
+    def _find_forced(self, todo: list[tuple[_Row, int]]) -> None:
+        has_one = self._has_one_token([row for _, row in todo]) if todo else ()
+        forcing = [state for (state, _), has in zip(todo, has_one, strict=True) if has]
+        found = [self._forced_by(state) for state in forcing]
+        if sum([len(forced) - 1 for forced in found if forced]) >= MIN_JUMPED:
+            for state, forced in zip(forcing, found, strict=True):
+                state.forced = forced
 
     def _catch_up(self, state: _Row) -> None:
         assert state.matcher is not None
@@ -253,16 +271,12 @@ class RowConstraints:
 
     def _withhold_eos(self, rows: Sequence[int]) -> None:
         """Takes the end-of-sequence tokens out of those masks that hold others."""
-        if not rows:
-            return
         masks = self._masks.numpy().view(np.uint32)
-        own = masks[rows]
-        if not (own & self._eos_mask).any():
-            return
-        without = own & ~self._eos_mask
-        has_others = (own != without).any(axis=1) & without.any(axis=1)
-        for i in np.flatnonzero(has_others).tolist():
-            masks[rows[i]] = without[i]
+        allowing = (masks[rows][:, self._eos_words] & self._eos_mask[self._eos_words]).any(axis=1)
+        for i in np.flatnonzero(allowing).tolist():  # few of them: mostly something is still to come
+            without = masks[rows[i]] & ~self._eos_mask
+            if without.any():
+                masks[rows[i]] = without
 
     def _wait(self) -> None:
         if self._following is not None:

@@ -17,6 +17,8 @@ from engine.scheduling.plan import Chunk, NewRow
 
 # Columns that a batch's table has beyond the need, so that growing contexts do not copy it again at every block.
 SPARE_BLOCKS = 16
+# So many tokens in all, per row that there can be, are gathered one by one.
+TOKENS_PER_ROW = 3
 
 
 class StepTensors(NamedTuple):
@@ -54,6 +56,7 @@ class RowTable:
         self._block_at = self._tables.data
         self._num_blocks = [0] * num_rows
         self._num_prompt_tokens = [0] * num_rows
+        self._num_dropped = [0] * num_rows  # logical position minus cache slot
         self._decode = _DecodeBuffers(num_rows)
         self._batch = _BatchTable(torch.device(device))
 
@@ -64,6 +67,7 @@ class RowTable:
         blocks = len(new.block_ids)
         self._tables[new.row, :blocks] = new.block_ids
         self._num_blocks[new.row] = blocks
+        self._num_dropped[new.row] = 0
         self._batch.forget(new.row)
 
     def append_blocks(self, row: int, block_ids: Sequence[int]) -> None:
@@ -84,9 +88,37 @@ class RowTable:
         self._tables[row, index] = block_id
         self._batch.set(row, index, block_id)
 
+    def compact(self, row: int, block_ids: Sequence[int], num_dropped: int) -> None:
+        """The row has this table from now on; its next token goes to slot `position - num_dropped`."""
+        count = len(block_ids)
+        self._tables[row, :count] = block_ids
+        self._num_blocks[row] = count
+        self._num_dropped[row] = num_dropped
+        self._batch.forget(row)
+
+    def num_dropped(self, row: int) -> int:
+        """Tokens of the row that are no longer in the cache."""
+        return self._num_dropped[row]
+
+    def block_ids(self, row: int) -> np.ndarray:
+        """The row's table, [MB] int32."""
+        return self._tables[row, : self._num_blocks[row]]
+
     def set_token(self, row: int, output_index: int, token_id: int) -> None:
         """Records the chosen token number `output_index` of a row."""
         self._token_at[row, self._num_prompt_tokens[row] + output_index] = token_id
+
+    def write(self, row: int, start: int, token_ids: Sequence[int]) -> None:
+        """Puts tokens at positions `start` and on, which may be guesses that others replace later."""
+        self._token_ids[row, start : start + len(token_ids)] = token_ids
+
+    def slot(self, row: int, index: int) -> int:
+        """Cache slot of the row's slot number `index`."""
+        return int(self._block_at[row, index // self._block_size]) * self._block_size + index % self._block_size
+
+    def truncate(self, row: int, num_slots: int) -> None:
+        """The row has given back the blocks behind so many slots."""
+        self._num_blocks[row] = min(self._num_blocks[row], -(-num_slots // self._block_size))
 
     def num_free(self, row: int, output_index: int) -> int:
         """How many more tokens the row can hold after the chosen token number `output_index`."""
@@ -101,10 +133,12 @@ class RowTable:
 
     def gather(self, chunks: Sequence[Chunk]) -> Gathered:
         """The tokens that the chunks compute, and where their keys and values go."""
-        for chunk in chunks:
-            if chunk.num_tokens != 1:
-                return self._gather_ragged(chunks)
-        return self._gather_decode(chunks)
+        num_tokens = sum([chunk.num_tokens for chunk in chunks])
+        if num_tokens == len(chunks):
+            return self._gather_decode(chunks)
+        if num_tokens <= self._decode.max_tokens:
+            return self._gather_few(chunks, num_tokens)
+        return self._gather_ragged(chunks)
 
     def _gather_decode(self, chunks: Sequence[Chunk]) -> Gathered:
         """One token each: entry by entry into memory that is kept, which for a few rows beats every array operation."""
@@ -112,24 +146,45 @@ class RowTable:
         max_seq_len = 0
         for i, chunk in enumerate(chunks):
             row, position = chunk.row, chunk.start
+            slot = position - self._num_dropped[row]
             buffers.token_ids[i] = self._token_at[row, position]
             buffers.positions[i] = position
-            buffers.slots[i] = self._block_at[row, position // block_size] * block_size + position % block_size
-            buffers.seq_lens[i] = position + 1
-            if position >= max_seq_len:
-                max_seq_len = position + 1
+            buffers.slots[i] = self._block_at[row, slot // block_size] * block_size + slot % block_size
+            buffers.seq_lens[i] = slot + 1
+            if slot >= max_seq_len:
+                max_seq_len = slot + 1
         return Gathered(buffers.first(len(chunks)), 1, max_seq_len)
+
+    def _gather_few(self, chunks: Sequence[Chunk], num_tokens: int) -> Gathered:
+        """As `_gather_decode`, where some rows compute a few tokens: those that a grammar forced, or guesses."""
+        buffers, block_size = self._decode, self._block_size
+        max_seqlen_q = max_seq_len = i = 0
+        for r, chunk in enumerate(chunks):
+            row, count = chunk.row, chunk.num_tokens
+            dropped = self._num_dropped[row]
+            buffers.starts[r] = i
+            for position in range(chunk.start, chunk.start + count):
+                slot = position - dropped
+                buffers.token_ids[i] = self._token_at[row, position]
+                buffers.positions[i] = position
+                buffers.slots[i] = self._block_at[row, slot // block_size] * block_size + slot % block_size
+                i += 1
+            seq_len = buffers.seq_lens[r] = chunk.start + count - dropped
+            max_seqlen_q, max_seq_len = max(max_seqlen_q, count), max(max_seq_len, seq_len)
+        buffers.starts[len(chunks)] = i
+        return Gathered(buffers.first_ragged(len(chunks), num_tokens), max_seqlen_q, max_seq_len)
 
     def _gather_ragged(self, chunks: Sequence[Chunk]) -> Gathered:
         rows = np.array([chunk.row for chunk in chunks])
         starts = np.array([chunk.start for chunk in chunks])
         lengths = np.array([chunk.num_tokens for chunk in chunks])
+        num_dropped = np.array([self._num_dropped[chunk.row] for chunk in chunks])
         ends = np.cumsum(lengths)
         token_rows = np.repeat(rows, lengths)
         positions = np.arange(ends[-1]) - np.repeat(ends - lengths - starts, lengths)
-        index, offset = np.divmod(positions, self._block_size)
+        index, offset = np.divmod(positions - np.repeat(num_dropped, lengths), self._block_size)
         slots = self._tables[token_rows, index] * np.int64(self._block_size) + offset
-        seq_lens = starts + lengths
+        seq_lens = starts + lengths - num_dropped
         tensors = StepTensors(
             token_ids=torch.from_numpy(self._token_ids[token_rows, positions].astype(np.int64)),
             positions=torch.from_numpy(positions),
@@ -149,30 +204,39 @@ class RowTable:
 
 
 class _DecodeBuffers:
-    """Memory of the tensors of steps in which every row computes one token, and their views by number of rows."""
+    """Memory of the tensors of steps with one or a few tokens per row, and their views by number of rows."""
 
     def __init__(self, num_rows: int) -> None:
-        token_ids, positions, slots = (torch.zeros(num_rows, dtype=torch.int64) for _ in range(3))
+        self.max_tokens = TOKENS_PER_ROW * num_rows  # beyond, array operations are faster
+        token_ids, positions, slots = (torch.zeros(self.max_tokens, dtype=torch.int64) for _ in range(3))
         seq_lens = torch.zeros(num_rows, dtype=torch.int32)
         one_each = torch.arange(num_rows + 1, dtype=torch.int32)
         self._tensors = StepTensors(token_ids, positions, slots, one_each, seq_lens)
+        self._starts = torch.zeros(num_rows + 1, dtype=torch.int32)
         self.token_ids, self.positions, self.slots = token_ids.numpy().data, positions.numpy().data, slots.numpy().data
-        self.seq_lens = seq_lens.numpy().data
+        self.seq_lens, self.starts = seq_lens.numpy().data, self._starts.numpy().data
         self._firsts: dict[int, StepTensors] = {}
 
     def first(self, num_rows: int) -> StepTensors:
-        """What belongs to the first rows."""
+        """What belongs to the first rows, with a token each."""
         found = self._firsts.get(num_rows)
         if found is None:
-            token_ids, positions, slots, one_each, seq_lens = self._tensors
-            found = self._firsts[num_rows] = StepTensors(
-                token_ids[:num_rows],
-                positions[:num_rows],
-                slots[:num_rows],
-                one_each[: num_rows + 1],
-                seq_lens[:num_rows],
-            )
+            found = self._firsts[num_rows] = self._part(num_rows, num_rows, self._tensors.cu_seqlens_q)
         return found
+
+    def first_ragged(self, num_rows: int, num_tokens: int) -> StepTensors:
+        """What belongs to the first rows, with so many tokens in all that begin at `starts`."""
+        return self._part(num_rows, num_tokens, self._starts)
+
+    def _part(self, num_rows: int, num_tokens: int, starts: Tensor) -> StepTensors:
+        token_ids, positions, slots, _, seq_lens = self._tensors
+        return StepTensors(
+            token_ids[:num_tokens],
+            positions[:num_tokens],
+            slots[:num_tokens],
+            starts[: num_rows + 1],
+            seq_lens[:num_rows],
+        )
 
 
 class _BatchTable:

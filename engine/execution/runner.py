@@ -5,13 +5,18 @@ Knows rows, slots and tensors; never a request, a priority or a text.
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import kernels
+from engine.compression.prompt_filter import PromptFilters
+from engine.compression.rows import PolicyRows
 from engine.errors import EngineDead, NumericalError, SchemaTooComplex
 from engine.execution.adapters import RowAdapters
 from engine.execution.batch import build_batch
@@ -20,6 +25,7 @@ from engine.execution.logprobs import prompt_logprobs
 from engine.execution.pooling import PoolingRows
 from engine.execution.rows import RowTable
 from engine.execution.sampler import Sampler
+from engine.execution.speculation import Walker, forget_draft, keep_accepted, taps_of
 from engine.models.batch import KVCache, Model
 from engine.scheduling.plan import Chunk, ChunkResult, StepPlan, StepResult
 from engine.types import SamplingParams, TokenLogprob
@@ -51,8 +57,11 @@ class ModelRunner:
         self._adapters = adapters
         self._pooling = pooling
         self._device = device
+        self._policies = PolicyRows(cache, rows)
+        self._filters = PromptFilters(cache, rows)
+        self._walker = Walker(model, sampler, constraints, rows)
         self._params: dict[int, SamplingParams] = {}
-        self._special_rows: set[int] = set()  # prompt log-probabilities, constraint or pooling
+        self._special_rows: set[int] = set()  # prompt log-probabilities or pooling
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -69,50 +78,98 @@ class ModelRunner:
         self._apply(plan)
         if not plan.chunks:
             return StepResult()
-        batch = build_batch(plan.chunks, self._rows, self.cache.k.shape[2], self._device)
-        if self._adapters is not None:
-            batch = self._adapters.add_to(batch, plan.chunks)
-        hidden = self.model.forward(batch, self.cache)  # [T, C]
-        if self._is_plain(plan.chunks):
-            return self._choose_plain(plan.chunks, hidden)
-        return self._choose(plan.chunks, hidden)
+        filtering = [i for i, chunk in enumerate(plan.chunks) if chunk.filters]
+        order = self._policies.order(plan.chunks)
+        if order is None and not filtering:
+            return self._run(plan.chunks)
+        order = [i for i in order or range(len(plan.chunks)) if not plan.chunks[i].filters]
+        result = self._run([plan.chunks[i] for i in order]) if order else StepResult()
+        filtered = self._filter([plan.chunks[i] for i in filtering]) if filtering else []
+        in_plan = sorted(zip(order + filtering, [*result.chunks, *filtered], strict=True), key=lambda pair: pair[0])
+        return StepResult(chunks=tuple([chunk for _, chunk in in_plan]), sampler_s=result.sampler_s)
 
-    def _is_plain(self, chunks: Sequence[Chunk]) -> bool:
-        """Whether all chunks are one decoded token of a row that wants nothing but its next token."""
+    def _filter(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+        batch = build_batch(chunks, self._rows, self.cache.k.shape[2], self._device)
+        if self._adapters is not None:
+            batch = self._adapters.add_to(batch, chunks)
+        return self._filters.run(self.model, chunks, batch)
+
+    def _run(self, chunks: Sequence[Chunk]) -> StepResult:
+        batch = build_batch(chunks, self._rows, self.cache.k.shape[2], self._device)
+        if self._adapters is not None:
+            batch = self._adapters.add_to(batch, chunks)
+        attention = self._policies.begin(chunks, batch)
+        if attention is not None:
+            batch = replace(batch, attention=attention)
+        hidden = self.model.forward(batch, self.cache)  # [T, C]
+        is_plain = self._is_plain(chunks, hidden)
+        result = self._choose_plain(chunks, hidden) if is_plain else self._choose(chunks, hidden)
+        if attention is None and all(chunk.compaction is None for chunk in chunks):
+            return result
+        results = list(result.chunks)
+        self._policies.commit(chunks, results)
+        return StepResult(chunks=tuple(results), sampler_s=result.sampler_s)
+
+    def _is_plain(self, chunks: Sequence[Chunk], hidden: Tensor) -> bool:
+        """Whether all chunks are of rows that want nothing but their next tokens, and nothing stands in the way."""
         for chunk in chunks:
-            if chunk.num_tokens != 1 or not chunk.is_sampling or chunk.row in self._special_rows:
+            if not chunk.is_sampling or chunk.row in self._special_rows:
                 return False
-        return True
+            if chunk.draft is not None or chunk.taps is not None:
+                return False
+        has_one_each = hidden.shape[0] == len(chunks)
+        return self._constraints.are_built and (has_one_each or not _broken_chunks(chunks, hidden))
 
     def _choose_plain(self, chunks: Sequence[Chunk], hidden: Tensor) -> StepResult:
-        """What `_choose` does, for the steps that are most of a server's life: hidden [T, C] is that of the choices."""
+        """What `_choose` does, for the steps that are most of a server's life. hidden [T, C]."""
+        if hidden.shape[0] > len(chunks):
+            ends = list(itertools.accumulate([chunk.num_tokens for chunk in chunks]))
+            hidden = kernels.gather_rows(hidden, torch.tensor(ends, device=self._device) - 1)
         logits = self.model.logits(hidden)
         started = time.perf_counter()
         rows = [chunk.row for chunk in chunks]
         output_indices = [chunk.output_index for chunk in chunks]
-        chosen = self._sampler.sample(logits, rows, output_indices)
+        bitmask = self._constraints.bitmask(rows)
+        chosen = self._sampler.sample(logits, rows, output_indices, bitmask)
+        failed = self._constraints.failed
         results = []
         for i, (row, output_index, token_id) in enumerate(zip(rows, output_indices, chosen.token_ids, strict=True)):
-            if token_id < 0:
-                results.append(ChunkResult(error=chosen.errors[i]))
+            if token_id < 0 or row in failed:
+                results.append(ChunkResult(error=SchemaTooComplex.code if row in failed else chosen.errors[i]))
                 continue
             self._rows.set_token(row, output_index, token_id)
             logprobs = chosen.logprobs[i] if chosen.logprobs is not None else None
-            results.append(ChunkResult((token_id,), logprobs=None if logprobs is None else (logprobs,)))
+            token_ids = (token_id,) if bitmask is None else (token_id, *self._forced(row, output_index, token_id))
+            results.append(ChunkResult(token_ids, logprobs=None if logprobs is None else (logprobs,)))
+        if bitmask is not None:
+            self._constraints.follow(rows)
         return StepResult(chunks=tuple(results), sampler_s=time.perf_counter() - started)
+
+    def _forced(self, row: int, output_index: int, token_id: int) -> list[int]:
+        """Writes what a constraint forces behind a chosen token into the row, and returns it."""
+        # what does not fit is not missed: the request is over then
+        forced = self._constraints.advance(row, token_id)[: self._rows.num_free(row, output_index)]
+        for index, forced_id in enumerate(forced, start=output_index + 1):
+            self._rows.set_token(row, index, forced_id)
+            self._sampler.commit([row], [forced_id])
+        return forced
 
     def _apply(self, plan: StepPlan) -> None:
         for row in plan.freed_rows:
             if self._params.pop(row, None) is not None:
                 self._sampler.remove_row(row)
                 self._constraints.remove_row(row)
+                self._policies.remove(row)
+                self._filters.remove(row)
                 if self._pooling is not None:
                     self._pooling.remove(row)
         for new in plan.new_rows:
             self._rows.add(new)
+            self._policies.add(new)
+            self._filters.add(new)
             self._params[new.row] = new.sampling
             self._special_rows.discard(new.row)
-            if new.sampling.prompt_logprobs is not None or new.constraint is not None or new.pooling is not None:
+            if new.sampling.prompt_logprobs is not None or new.pooling is not None:
                 self._special_rows.add(new.row)
             if self._adapters is not None:
                 self._adapters.add_row(new.row, new.adapter)
@@ -129,6 +186,9 @@ class ModelRunner:
         for chunk in plan.chunks:
             if chunk.new_block_ids:
                 self._rows.append_blocks(chunk.row, chunk.new_block_ids)
+            if chunk.policy is not None:
+                seed = self._params[chunk.row].seed
+                self._policies.adopt(chunk, self._rows.num_prompt_tokens(chunk.row), seed)
 
     def _choose(self, chunks: Sequence[Chunk], hidden: Tensor) -> StepResult:
         ends = []
@@ -151,6 +211,8 @@ class ModelRunner:
                 results[i] = ChunkResult(error=NumericalError.code)
             elif i in prompt or chunk.row in waiting:
                 results[i] = ChunkResult(prompt_logprobs=prompt.get(i), is_deferred=chunk.row in waiting)
+            if chunk.draft is not None and chunk.row in waiting:
+                forget_draft(chunk, self._rows)
         if self._pooling:
             for i, chunk in enumerate(chunks):
                 if chunk.row in self._pooling and i not in broken:
@@ -158,37 +220,24 @@ class ModelRunner:
                     results[i] = self._pooling.take(chunk, own, self._rows.num_prompt_tokens(chunk.row))
         if not sampling:
             return StepResult(chunks=tuple(results))
-        last = torch.tensor([ends[i] - 1 for i in sampling], dtype=torch.int64, device=self._device)
-        logits = self.model.logits(kernels.gather_rows(hidden, last))  # [n, V]
+        walks = self._walker.start([chunks[i] for i in sampling])
+        firsts = [ends[i] - walk.num_logits for i, walk in zip(sampling, walks, strict=True)]
+        logits = self._walker.logits(walks, hidden, firsts)
         started = time.perf_counter()
-        rows = [chunks[i].row for i in sampling]
-        output_indices = [chunks[i].output_index for i in sampling]
-        chosen = self._sampler.sample(logits, rows, output_indices, self._constraints.bitmask(rows))
-        for k, i in enumerate(sampling):
-            error = SchemaTooComplex.code if rows[k] in self._constraints.failed else chosen.errors[k]
-            token_ids = self._record(rows[k], output_indices[k], chosen.token_ids[k]) if error is None else ()
-            logprobs = chosen.logprobs[k] if chosen.logprobs is not None else None
+        taps = [taps_of(walk, logits, hidden, first) for walk, first in zip(walks, firsts, strict=True)]
+        self._walker.run(walks, logits)
+        keep_accepted(walks, self._rows, self.cache)
+        for i, walk, seen in zip(sampling, walks, taps, strict=True):
             results[i] = ChunkResult(
-                token_ids=token_ids,
-                logprobs=(logprobs,) if logprobs is not None else None,
+                token_ids=tuple(walk.tokens),
+                accepted=tuple(walk.accepted),
+                logprobs=tuple(walk.logprobs) or None,
                 prompt_logprobs=prompt.get(i),
-                error=error,
+                error=walk.error,
+                taps=seen,
             )
-        self._constraints.follow(rows)
+        self._constraints.follow([walk.chunk.row for walk in walks])
         return StepResult(chunks=tuple(results), sampler_s=time.perf_counter() - started)
-
-    def _record(self, row: int, output_index: int, token_id: int) -> tuple[int, ...]:
-        """Writes a chosen token and what its constraint forces after it into the row. Returns them."""
-        self._rows.set_token(row, output_index, token_id)
-        forced = self._constraints.advance(row, token_id)
-        if not forced:
-            return (token_id,)
-        # what does not fit is not missed: the request is over then
-        forced = forced[: self._rows.num_free(row, output_index)]
-        for i, forced_id in enumerate(forced, start=output_index + 1):
-            self._rows.set_token(row, i, forced_id)
-            self._sampler.commit([row], [forced_id])
-        return (token_id, *forced)
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: Tensor) -> tuple[TokenLogprob, ...]:
         """Log-probabilities of prompt positions start + 1 .. start + num_tokens, as far as the prompt goes."""
@@ -209,10 +258,12 @@ def _broken_chunks(chunks: Sequence[Chunk], hidden: Tensor) -> set[int]:
     Sampling looks at a row's last position only, and a sliding window keeps those before it from showing there: their
     keys and values would be shared through the prefix cache.
     """
-    if all(chunk.is_sampling and chunk.num_tokens == 1 for chunk in chunks):
+    if all(chunk.is_decode for chunk in chunks):
+        return set()
+    if math.isfinite(hidden.sum().item()):  # a sum is not, where a term is not; one look for all is cheap
         return set()
     is_finite = hidden.isfinite().all(dim=1)  # [T]
-    if bool(is_finite.all()):
-        return set()
     parts = is_finite.split([chunk.num_tokens for chunk in chunks])
+    # of a draft, only the root is known to be part of the text; the walk looks at the others
+    parts = [part if chunk.draft is None else part[:1] for chunk, part in zip(chunks, parts, strict=True)]
     return {i for i, part in enumerate(parts) if not bool(part.all())}

@@ -22,6 +22,7 @@ from engine.errors import InvalidParameter, NumericalError
 from engine.execution.logprobs import token_logprobs
 from engine.execution.penalties import PenaltyCounts
 from engine.execution.sampling_masks import RowMask
+from engine.speculation.verifiers import KeyedChance
 from engine.types import SamplingParams, TokenLogprob
 from kernels.sampling import GREEDY_BELOW
 
@@ -70,6 +71,7 @@ class Sampler:
         self._top_k = np.zeros(max_rows, dtype=np.int64)
         self._stream_keys = np.zeros(max_rows, dtype=np.uint64)
         self._parameters: _Parameters | None = None  # of the rows that drew last
+        self._identities: dict[int, tuple[int, int]] = {}  # seed and choice
         self._num_logprobs: dict[int, int] = {}
         self._masks: dict[int, RowMask] = {}
         self._penalties = PenaltyCounts(logits_size, max_rows, self._device)
@@ -87,6 +89,7 @@ class Sampler:
         self._floats[:, row] = [getattr(params, name) for name in _FLOATS]
         self._top_k[row] = params.top_k
         self._stream_keys[row] = noise.stream_key(params.seed, choice)
+        self._identities[row] = params.seed, choice
         if params.logprobs is not None:
             self._num_logprobs[row] = params.logprobs
         if RowMask.is_used_by(params):
@@ -103,6 +106,10 @@ class Sampler:
         self._masks.pop(row, None)
         self._num_logprobs.pop(row, None)
         self._features[row] = 0
+
+    def counts_outputs(self, row: int) -> bool:
+        """Whether a choice of the row needs the tokens before it to be committed: see `choose`."""
+        return bool(self._features[row] & _COUNTING)
 
     def sample(
         self,
@@ -165,6 +172,31 @@ class Sampler:
         for row, token_id in pairs:
             if self._features[row] & _MASK:
                 self._masks[row].append(token_id)
+
+    @torch.inference_mode()
+    def probabilities(self, logits: Tensor, row: int) -> Tensor:
+        """[n, V] float64: what the row draws from at each of logits [n, V]. For a row that is neither greedy nor
+        `counts_outputs`. NaN where `choose` would report an error.
+        """
+        parameters = self._gather([row] * logits.shape[0])
+        return kernels.sampling.probabilities(
+            logits,
+            temperature=parameters.temperature,
+            top_k=parameters.top_k,
+            top_p=parameters.top_p,
+            min_p=parameters.min_p,
+            typical_p=parameters.typical_p,
+        )
+
+    def may_be_verified(self, row: int) -> bool:
+        """Whether the row draws at random, each time from what the model says alone, and nobody asks how likely it was:
+        then its tokens may be found by another rule than `choose`.
+        """
+        return self._features[row] & (_NOISE | _COUNTING | _LOGPROBS) == _NOISE
+
+    def chance(self, row: int, output_index: int) -> KeyedChance:
+        """The row's randomness for such a rule, in the step whose first token has that index."""
+        return KeyedChance(*self._identities[row], output_index)
 
     def _process(
         self,

@@ -15,6 +15,18 @@ from torch import Tensor
 from kernels import AttentionPlan, LoraPlan
 
 
+class AttentionHook(Protocol):
+    """Attention of a batch whose rows differ in how their caches are kept."""
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int, soft_cap: float,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """q [T, H, D], k [T, H_kv, D], v [T, H_kv, Dv], rotated. Writes keys and values to the cache, then attends:
+        [T, H, Dv].
+        """
+
+
 @dataclass(frozen=True)
 class ForwardBatch:
     """One step on the device. Row r's tokens are [cu_seqlens_q[r], cu_seqlens_q[r + 1])."""
@@ -28,6 +40,7 @@ class ForwardBatch:
     max_seqlen_q: int
     attention_plan: AttentionPlan  # of the same rows and this model's number of kv heads
     adapters: LoraPlan | None = None  # low-rank adapters of the tokens; None where no token has one
+    attention: AttentionHook | None = None  # who attends, where some rows do it in their own way; None: all alike
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,7 @@ class KVSpec:
     num_kv_heads: int
     head_dim: int
     head_dim_v: int
+    windows: tuple[int, ...] = ()  # of the layers' attention, 0 for none; empty: no layer has one
 
 
 class KVCache:
@@ -71,6 +85,9 @@ class Model(Protocol):
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [T, C] of the batch; its keys and values are in `cache` afterwards."""
+
+    def forward_layers(self, batch: ForwardBatch, cache: KVCache, num_layers: int) -> None:
+        """The first layers of `forward` alone: their keys and values are in `cache` afterwards. More may run."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, C] -> [n, logits_size] fp32, scaled and soft-capped as the model does."""

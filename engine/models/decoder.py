@@ -44,7 +44,14 @@ class Decoder:
         generation: GenerationDefaults,
     ) -> None:
         self.config = config
-        self.spec = KVSpec(config.num_layers, config.num_kv_heads, config.head_dim, config.head_dim)
+        windows = tuple(layer.window for layer in config.layers)
+        self.spec = KVSpec(
+            config.num_layers,
+            config.num_kv_heads,
+            config.head_dim,
+            config.head_dim,
+            windows if any(windows) else (),
+        )
         self.architecture = config.architecture
         self.vocab_size = config.vocab_size
         self.logits_size = head.out_features
@@ -66,7 +73,7 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [T, C] after the final norm; writes keys and values of the batch's tokens into `cache`."""
-        if self._step is not None and batch.adapters is None:
+        if self._step is not None and batch.adapters is None and batch.attention is None:
             return self._step(
                 batch.token_ids,
                 batch.positions,
@@ -76,20 +83,28 @@ class Decoder:
                 batch.block_table,
                 cache.k,
                 cache.v,
+                batch.attention_plan.paths,
             )
         return self._forward_by_operations(batch, cache)
 
-    def _forward_by_operations(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        """`forward` one kernel at a time: the same bits as the native step, for whatever that cannot do."""
+    def _forward_by_operations(self, batch: ForwardBatch, cache: KVCache, num_layers: int | None = None) -> Tensor:
+        """`forward` one kernel at a time: the same bits as the native step, for whatever that cannot do.
+
+        num_layers   run the first ones only
+        """
         residual = self._embed(batch.token_ids)
         if self.config.embedding_multiplier != 1.0:
             residual.mul_(self.config.embedding_multiplier)
         x = residual
         if self._first_norm is not None:
             x = kernels.rms_norm(residual, self._first_norm, self.config.norm_eps)
-        for layer in self._layers_of(batch):
+        for layer in self._layers_of(batch)[:num_layers]:
             x = layer(x, residual, batch, cache)
         return x
+
+    def forward_layers(self, batch: ForwardBatch, cache: KVCache, num_layers: int) -> None:
+        """See `Model`."""
+        self._forward_by_operations(batch, cache, num_layers)
 
     def _embed(self, token_ids: Tensor) -> Tensor:  # [T] int64 -> [T, C]
         table = self._embedding

@@ -52,6 +52,10 @@ class Step:
             call = AttentionCall(k.shape[1], k.shape[2], v.shape[2], window)
             self.calls.setdefault(layer, []).append(call)
             return q.new_zeros(*q.shape[:2], v.shape[2])
+        if self.batch.attention is not None:
+            return self.batch.attention.attend(
+                layer, q, k, v, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
+            )
         k_cache, v_cache = self.cache.layer(layer)
         kernels.kv_write(k, v, k_cache, v_cache, self.batch.slots)
         return kernels.paged_attention(
@@ -140,6 +144,10 @@ class TransformersModel:
         finally:
             self._step.batch = self._step.cache = None
 
+    def forward_layers(self, batch: ForwardBatch, cache: KVCache, num_layers: int) -> None:
+        """See `Model`: a foreign model runs all of its layers."""
+        self.forward(batch, cache)
+
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, C] -> [n, V] fp32, through the model's own head with its scales and caps."""
@@ -189,7 +197,8 @@ class TransformersModel:
         window_used = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
         if window_used and not any(c.window for (c,) in calls.values()):
             raise ConfigError(f"{self.architecture} has a sliding window that it does not tell its attention")
-        return KVSpec(num_layers, *shapes.pop())
+        windows = tuple(calls[layer][0].window for layer in range(num_layers))
+        return KVSpec(num_layers, *shapes.pop(), windows if any(windows) else ())
 
     def _check(self, reference: list[Tensor]) -> None:
         """Two sequences, interleaved and in chunks, must give the logits of each alone."""

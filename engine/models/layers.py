@@ -6,6 +6,7 @@ Shape letters: T tokens, C hidden size, H query heads, H_kv key/value heads, D h
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -48,6 +49,11 @@ class Attention:
             self._normalize(k, self.norms[1])
         if self.clip:
             qkv.clamp_(-self.clip, self.clip)
+        if batch.attention is not None:
+            if self.cos_sin is not None:
+                kernels.apply_rope(q, k, batch.positions, self.cos_sin)
+            options: dict[str, Any] = {"scale": self.scale, "window": self.window, "soft_cap": self.soft_cap}
+            return self.o(batch.attention.attend(self.layer, q, k, v, **options).view(num_tokens, -1))
         k_cache, v_cache = cache.layer(self.layer)
         if self.cos_sin is None:
             kernels.kv_write(k, v, k_cache, v_cache, batch.slots)

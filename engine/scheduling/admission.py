@@ -5,20 +5,20 @@ from __future__ import annotations
 from engine.config import SchedulerConfig
 from engine.errors import InvalidParameter, PromptTooLong, QueueFull, QueueTokensFull
 from engine.scheduling.cache_manager import CacheManager
+from engine.scheduling.compression import ResolvedPolicy
 from engine.types import EngineRequest
 
 MAX_RETRY_AFTER_S = 30
 
 
-def check_servable(request: EngineRequest, cache: CacheManager, max_model_len: int) -> int:
+def check_servable(
+    request: EngineRequest, cache: CacheManager, max_model_len: int, policy: ResolvedPolicy | None = None
+) -> int:
     """Output tokens that the request may produce: what it asks for, cut to what the context length leaves.
 
     Raises PromptTooLong when prompt and output could not run even with the whole pool, InvalidParameter for a
     request without prompt, output or choices, or with a choice that the engine would have to ignore.
     """
-    for name in ("kv_policy", "speculative"):
-        if getattr(request, name) is not None:
-            raise InvalidParameter(f"{name} is given, but there is none to choose from; leave it out", param=name)
     num_prompt, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
     if num_prompt == 0:
         raise InvalidParameter("the prompt has no tokens; give at least one", param="prompt")
@@ -36,7 +36,7 @@ def check_servable(request: EngineRequest, cache: CacheManager, max_model_len: i
         )
     max_tokens = min(max_tokens, max_model_len - num_prompt)
     # the last token is only returned, never fed back: it needs no slot
-    if not cache.fits_alone(num_prompt + max_tokens - 1):
+    if not cache.fits_alone(num_prompt + max_tokens - 1, None if policy is None else policy.plan):
         raise PromptTooLong(
             f"{num_prompt} prompt tokens plus max_tokens {max_tokens} exceed the {cache.num_slots} tokens that the KV "
             "cache holds; lower max_tokens or shorten the prompt",

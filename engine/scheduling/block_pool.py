@@ -1,9 +1,7 @@
 """Which cache blocks are free, in use, or kept for reuse. Integers only: no tokens, no hashes, no requests.
 
-A block here is a dense bundle: one unit per layer, named by one id. To let a bundle be broken into units (tables per
-layer), a block gets one more state, "broken": the bundle keeps its id and leaves the free, active and cached counts,
-each of its units gets a reference count of its own in a second table of this same class (unit id = block id *
-num_layers + layer), and the bundle returns to the free list here when the last of its units is freed there.
+A block is a bundle: the keys and values of as many tokens in every layer and kv head. `engine.scheduling.parts` breaks
+blocks into smaller parts; here such a block is one that is in use.
 """
 
 from __future__ import annotations

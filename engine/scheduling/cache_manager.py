@@ -5,7 +5,11 @@ The only writer of block tables. Knows requests and block ids; never priorities,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.compactor import Compactor
+from engine.scheduling.compression import CachePlan
 from engine.scheduling.prefix_cache import HashChain, PrefixCache, PrefixStats
 from engine.scheduling.request import BlockTable, Request
 
@@ -23,6 +27,7 @@ class CacheManager:
         self.block_size = block_size
         self.prefix_cache = prefix_cache
         self.num_promised = 0  # blocks
+        self.compaction = Compactor(pool, block_size)
         self._promised: dict[Request, int] = {}  # of each running request, where not zero
 
     def num_promised_to(self, request: Request) -> int:
@@ -44,18 +49,18 @@ class CacheManager:
     def blocks_for(self, num_slots: int) -> int:
         return -(-num_slots // self.block_size)
 
-    def fits_alone(self, num_slots: int) -> bool:
-        """Whether one request with so many slots could ever run."""
-        return self.blocks_for(num_slots) <= self.pool.capacity
+    def fits_alone(self, num_tokens: int, plan: CachePlan | None = None) -> bool:
+        """Whether one request that computes so many tokens could ever run."""
+        return self.compaction.peak_blocks(plan, num_tokens) <= self.pool.capacity
 
     def has_room(self, request: Request, num_spare_blocks: int) -> bool:
         """Whether `admit` would let a waiting request in, as far as can be told without looking at its tokens again."""
         num_held = 0
         if self.prefix_cache is not None and request.chain is not None and not _needs_all_tokens(request):
             request.chain.extend(request.token_ids)
-            _, num_held = self.prefix_cache.estimate(request.chain, (request.num_tokens - 1) // self.block_size)
+            _, num_held = self.prefix_cache.estimate(request.chain, self._max_hits(request))
         room = self.pool.num_available - self.num_promised - num_spare_blocks
-        return self.blocks_for(request.num_tokens) - num_held <= room
+        return self.compaction.blocks_needed(request) - num_held <= room
 
     def admit(self, request: Request, num_spare_blocks: int) -> bool:
         """Gives a waiting request the cached blocks of its beginning, if there is room for all its other tokens.
@@ -64,7 +69,7 @@ class CacheManager:
         Sets `num_computed_tokens` to what the cached blocks hold. A refusal changes nothing and, however long the
         request is, costs O(log) once its tokens are hashed.
         """
-        num_needed = self.blocks_for(request.num_tokens)
+        num_needed = self.compaction.blocks_needed(request)
         room = self.pool.num_available - self.num_promised - num_spare_blocks
         hits: list[int] = []
         if self.prefix_cache is None or request.chain is None or _needs_all_tokens(request):
@@ -73,8 +78,7 @@ class CacheManager:
             if request.cache_miss is None:
                 request.cache_miss = self._why_not_looked_up()
         else:
-            # the last token is always computed: its logits choose the next one
-            max_hits = (request.num_tokens - 1) // self.block_size
+            max_hits = self._max_hits(request)
             request.chain.extend(request.token_ids)
             _, num_held = self.prefix_cache.estimate(request.chain, max_hits)
             if num_needed - num_held > room:
@@ -89,6 +93,18 @@ class CacheManager:
         request.num_published_blocks = len(hits)
         self._start(request, hits, len(hits) * self.block_size)
         return True
+
+    def _max_hits(self, request: Request) -> int:
+        """Blocks that may come from the prefix cache: always computed are the last token, whose logits choose the next
+        one, what the cache policy looks at, and what comes after a compaction.
+        """
+        num_tokens = request.num_tokens - 1
+        plan = request.cache_plan
+        if plan is not None:
+            num_tokens = min(num_tokens, max(0, request.num_prompt_tokens - plan.num_queries))
+            if plan.first_point is not None:
+                num_tokens = min(num_tokens, plan.first_point - 1)
+        return num_tokens // self.block_size
 
     def _why_not_looked_up(self) -> str:
         if self.prefix_cache is None:
@@ -130,25 +146,73 @@ class CacheManager:
         return copies
 
     def grow(self, request: Request, num_tokens: int) -> bool:
-        """Makes room for the next `num_tokens` tokens; False, with nothing changed, when blocks are lacking."""
-        table = request.tables[0]
-        num_new = self.blocks_for(table.num_slots + num_tokens) - len(table.block_ids)
-        if num_new <= 0:
-            return True
-        if num_new > self.pool.num_available:
+        """Makes room for the next `num_tokens` tokens, and for the survivors of a compaction after them; False, with
+        nothing changed, when blocks are lacking.
+        """
+        num_new = [self._num_lacking(table, num_tokens) for table in request.tables]
+        if not self.compaction.has_room(request, num_tokens, sum(num_new)):
             return False
-        table.block_ids += self.pool.allocate(num_new)
-        self._take_promised(request, num_new)
+        num_available = self.pool.num_available
+        block_ids = self.compaction.pool_of(request).allocate(sum(num_new))[::-1]
+        for table, count in zip(request.tables, num_new, strict=True):
+            table.block_ids += [block_ids.pop() for _ in range(count)]
+        self.compaction.reserve(request, num_tokens)
+        self._take_promised(request, num_available - self.pool.num_available)
         return True
 
+    def num_lacking(self, request: Request, num_tokens: int) -> int:
+        """Blocks, or parts of blocks, that the next so many tokens want."""
+        return sum(self._num_lacking(table, num_tokens) for table in request.tables)
+
+    def _num_lacking(self, table: BlockTable, num_tokens: int) -> int:
+        return max(0, self.blocks_for(table.num_slots + num_tokens) - len(table.block_ids))
+
+    @property
+    def num_unclaimed_slots(self) -> int:
+        """Slots in blocks that are there for the taking, and that nobody counts on."""
+        return max(0, self.pool.num_available - self.num_promised) * self.block_size
+
+    def grow_for_draft(self, request: Request, num_tokens: int, num_nodes: int) -> int:
+        """Makes room for guessed tokens behind the next `num_tokens`, from blocks that nobody counts on: how many fit.
+
+        `trim` gives back what they leave unused.
+        """
+        table = request.tables[0]
+        num_slots = table.num_slots + num_tokens
+        num_new = self.blocks_for(num_slots + num_nodes) - len(table.block_ids)
+        num_new = min(num_new, self.pool.num_available - self.num_promised)
+        if num_new > 0:
+            table.block_ids += self.pool.allocate(num_new)
+        return max(0, min(num_nodes, len(table.block_ids) * self.block_size - num_slots))
+
+    def trim(self, request: Request) -> None:
+        """Takes back the blocks behind the last one in use."""
+        table = request.tables[0]
+        num_used = self.blocks_for(table.num_slots)
+        self.pool.free(table.block_ids[num_used:])
+        del table.block_ids[num_used:]
+        table.num_sent = min(table.num_sent, num_used)
+
     def take_new_blocks(self, request: Request) -> tuple[int, ...]:
-        """Blocks of the table that the runner does not know yet; from now on it does."""
+        """Blocks of the table that the runner does not know yet; from now on it does. None where there are several."""
+        if len(request.tables) > 1:
+            return ()
         table = request.tables[0]
         if table.num_sent == len(table.block_ids):
             return ()
         new = tuple(table.block_ids[table.num_sent :])
         table.num_sent = len(table.block_ids)
         return new
+
+    def take_new_parts(self, request: Request) -> tuple[tuple[int, int], ...]:
+        """(table, part of a block) that the runner does not know yet; from now on it does."""
+        if len(request.tables) == 1:
+            return ()
+        new = []
+        for group, table in enumerate(request.tables):
+            new += [(group, part) for part in table.block_ids[table.num_sent :]]
+            table.num_sent = len(table.block_ids)
+        return tuple(new)
 
     def take_edits(self, request: Request) -> list[tuple[int, int]]:
         """Entries (index, block id) that the runner knows differently; from now on it knows them."""
@@ -161,6 +225,7 @@ class CacheManager:
         request.num_computed_tokens += num_tokens
         for table in request.tables:
             table.num_slots += num_tokens
+            request.peak_slots = max(request.peak_slots, table.num_slots)
 
     def publish(self, request: Request) -> None:
         """Offers the newly filled blocks to the prefix cache. To be called when their contents are known to be finite.
@@ -168,9 +233,11 @@ class CacheManager:
         Where an equal block is already there (two requests computed the same beginning side by side), the request
         changes over to it and gives its own back.
         """
-        num_full = request.num_computed_tokens // self.block_size
+        num_full = self._num_shareable(request) // self.block_size
         if self.prefix_cache is None or request.chain is None or num_full == request.num_published_blocks:
             return
+        if request.is_compressed:
+            return  # what the rest was computed from is not what the tokens say
         table = request.tables[0]
         request.chain.extend(request.token_ids)
         for index in range(request.num_published_blocks, num_full):
@@ -184,11 +251,27 @@ class CacheManager:
                 self._replace(table, index, block_id)
             request.num_published_blocks = index + 1
 
+    def _num_shareable(self, request: Request) -> int:
+        """First tokens whose keys and values are what the tokens alone say, while the cache has all of them."""
+        if request.cache_plan is not None and request.cache_plan.steps_singly:
+            return min(request.num_computed_tokens, request.num_prompt_tokens)
+        return request.num_computed_tokens
+
+    def compact(self, request: Request, kept_blocks: Sequence[int] = ()) -> None:
+        """The compaction that the step in flight was to make has been made; see `Compactor.apply`."""
+        self.compaction.apply(request, kept_blocks)
+        self._promise(request, self.compaction.blocks_needed(request) - self.compaction.num_held(request))
+
     def release(self, request: Request) -> None:
         """Takes back everything. The request could start again from its tokens alone."""
+        self.compaction.cancel(request)
+        pool = self.compaction.pool_of(request)
         for table in request.tables:
-            self.pool.free(table.block_ids)
-        request.tables = [BlockTable()]
+            pool.free(table.block_ids)
+        self.pool.free(request.packed)
+        request.tables, request.packed = [BlockTable()], []
+        request.is_compressed = False
+        request.policy = request.family.policy
         request.num_computed_tokens = 0
         request.num_published_blocks = 0
         self._take_promised(request, self._promised.get(request, 0))
@@ -196,10 +279,14 @@ class CacheManager:
     def _start(self, request: Request, block_ids: list[int], num_computed: int) -> None:
         request.tables = [BlockTable(block_ids=block_ids, num_slots=num_computed)]
         request.num_computed_tokens = num_computed
-        promised = self.blocks_for(request.num_tokens) - len(block_ids)
-        if promised:
-            self._promised[request] = promised
-            self.num_promised += promised
+        self._promise(request, self.compaction.blocks_needed(request) - len(block_ids))
+
+    def _promise(self, request: Request, num_blocks: int) -> None:
+        """So many more blocks, and no others, are kept from other admissions."""
+        self._take_promised(request, self._promised.get(request, 0))
+        if num_blocks > 0:
+            self._promised[request] = num_blocks
+            self.num_promised += num_blocks
 
     def _take_promised(self, request: Request, num_blocks: int) -> None:
         promised = self._promised.get(request, 0)

@@ -5,7 +5,7 @@ Takes time with everything that exists, so never part of a step. The letters are
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import pairwise
 
 from engine.scheduling.plan import StepPlan
@@ -34,7 +34,11 @@ def violations(scheduler: Scheduler) -> list[str]:
         problems += cache.prefix_cache.violations()
     running = scheduler.roster.running
     holders = [*running, *scheduler.left_in_flight]
-    tables = Counter(block_id for request in holders for block_id in request.tables[0].block_ids)
+    tables, parts = _references(scheduler, holders)
+    for num_parts, part_pool in cache.compaction.part_pools.items():
+        tables.update(part_pool.broken_blocks)
+        if part_pool.handed_out() != parts[num_parts]:
+            problems.append(f"{sorted(part_pool.handed_out())} are handed out, {sorted(parts[num_parts])} in tables")
     for block_id in range(cache.pool.num_blocks):
         num_references = cache.pool.num_references(block_id)
         if num_references != tables[block_id]:
@@ -61,7 +65,10 @@ def plan_violations(scheduler: Scheduler, plan: StepPlan) -> list[str]:
     for chunk in plan.chunks:
         request = scheduler.rows[chunk.row]
         block_ids = request.tables[0].block_ids
-        first, last = chunk.start // cache.block_size, (chunk.start + chunk.num_tokens - 1) // cache.block_size
+        if len(request.tables) > 1:
+            continue
+        slot = chunk.start - request.num_dropped
+        first, last = slot // cache.block_size, (slot + chunk.num_tokens - 1) // cache.block_size
         if chunk.num_tokens < 1 or last >= len(block_ids):
             problems.append(
                 f"row {chunk.row} runs {chunk.num_tokens} tokens from {chunk.start} in {len(block_ids)} blocks"
@@ -91,16 +98,22 @@ def plan_violations(scheduler: Scheduler, plan: StepPlan) -> list[str]:
 
 def _running_violations(scheduler: Scheduler, request: Request) -> list[str]:
     """One running request: its counters, its table, its share in the prefix cache."""
-    cache, table, name = scheduler.cache, request.tables[0], f"{request.request_id}/{request.choice}"
+    cache, name = scheduler.cache, f"{request.request_id}/{request.choice}"
     problems = []
     if request.status is not Status.RUNNING or request.row is None or scheduler.rows[request.row] is not request:
         problems.append(f"{name} runs without a row: {request.status} {request.row}")
     if not 0 <= request.num_computed_tokens < request.num_tokens:
         problems.append(f"{name} has computed {request.num_computed_tokens} of {request.num_tokens} tokens")
-    if table.num_slots != request.num_computed_tokens:
-        problems.append(f"{name} is dense, with {table.num_slots} slots for {request.num_computed_tokens} tokens")
-    if len(table.block_ids) < cache.blocks_for(table.num_slots) or len(set(table.block_ids)) != len(table.block_ids):
-        problems.append(f"{name} has table {table.block_ids} for {table.num_slots} slots")
+    plan, num_computed = request.cache_plan, request.num_computed_tokens
+    for group, table in enumerate(request.tables):
+        num_slots = num_computed if plan is None else plan.slots_at(num_computed, group)
+        if table.num_slots != num_slots:
+            problems.append(f"{name} has {table.num_slots} slots for {num_computed} tokens, its plan says {num_slots}")
+        if len(table.block_ids) < cache.blocks_for(num_slots) or len(set(table.block_ids)) != len(table.block_ids):
+            problems.append(f"{name} has table {table.block_ids} for {table.num_slots} slots")
+    num_packed = cache.blocks_for(plan.packed_slots_at(num_computed)) if plan is not None else 0
+    if plan is not None and plan.places and len(request.packed) != -(-num_packed // plan.places):
+        problems.append(f"{name} has {len(request.packed)} packed blocks for {num_packed} blocks of tokens")
     owner = request.family.request
     if request.chain is not None:
         namespace = request.chain.namespace
@@ -114,6 +127,24 @@ def _running_violations(scheduler: Scheduler, request: Request) -> list[str]:
     if request.num_published_blocks * cache.block_size > request.num_computed_tokens:
         problems.append(f"{name} has published blocks that are not computed")
     return problems
+
+
+def _references(scheduler: Scheduler, holders: list[Request]) -> tuple[Counter[int], defaultdict[int, set[int]]]:
+    """How many tables, also those to come, have each block; and the parts in tables, by parts per block."""
+    blocks: Counter[int] = Counter()
+    parts: defaultdict[int, set[int]] = defaultdict(set)
+    for request in holders:
+        plan = request.cache_plan
+        num_groups = 1 if plan is None else plan.num_groups
+        blocks.update(request.packed)
+        for ids in [*[table.block_ids for table in request.tables if len(request.tables) == 1], *request.reserved]:
+            if num_groups == 1 or ids is request.tables[0].block_ids:
+                blocks.update(ids)
+            else:
+                parts[num_groups].update(ids)
+        if len(request.tables) > 1:
+            parts[num_groups].update(part for table in request.tables for part in table.block_ids)
+    return blocks, parts
 
 
 def _adapter_violations(scheduler: Scheduler) -> list[str]:

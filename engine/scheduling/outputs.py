@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from engine.scheduling.plan import Chunk, ChunkResult
 from engine.scheduling.request import Request
-from engine.types import FinishReason, TokenLogprob, TokenOutput
+from engine.types import FinishReason, KVUsage, SpeculationUsage, TokenLogprob, TokenOutput
 
 
 class Ending(NamedTuple):
@@ -49,6 +49,7 @@ def make_output(
     num_new_tokens: int,
     logprobs: tuple[TokenLogprob, ...] | None,
     ending: Ending | None,
+    block_bytes: int = 0,
 ) -> TokenOutput:
     """The output with the request's newest tokens. Once-only facts go with the first one that carries tokens."""
     if request.has_emitted and ending is None:
@@ -57,6 +58,8 @@ def make_output(
             choice=request.choice,
             token_ids=request.token_ids[-num_new_tokens:],
             logprobs=None if logprobs is None else list(logprobs[:num_new_tokens]),
+            kv=_kv_usage(request, block_bytes),
+            speculative=_speculation_usage(request),
         )
     is_first = not request.has_emitted and num_new_tokens > 0
     prompt_logprobs = None
@@ -76,6 +79,40 @@ def make_output(
         error=None if ending is None else ending.error,
         queued_s=request.queued_s if is_first else None,
         num_preemptions=0 if ending is None else request.num_preemptions,
+        kv=_kv_usage(request, block_bytes),
+        speculative=_speculation_usage(request),
+    )
+
+
+def _speculation_usage(request: Request) -> SpeculationUsage | None:
+    speculating = request.speculating
+    if speculating is None:
+        return None
+    drafted, accepted = speculating.drafted, speculating.accepted
+    return SpeculationUsage(
+        steps=speculating.num_steps,
+        drafted=sum(drafted.values()),
+        accepted=sum(accepted.values()),
+        by_source={source: (drafted[source], accepted[source]) for source in sorted(drafted)},
+    )
+
+
+def _kv_usage(request: Request, block_bytes: int) -> KVUsage | None:
+    policy = request.policy
+    if policy is None:
+        return None
+    num_shared = 0 if request.is_compressed else request.num_published_blocks
+    return KVUsage(
+        policy=policy.plan.policy,
+        peak_slots=request.peak_slots,
+        steady_slots=max(table.num_slots for table in request.tables) + request.num_dropped - request.num_evicted,
+        evicted_tokens=request.num_evicted,
+        merged_tokens=request.num_merged,
+        released_bytes=request.num_blocks_released * block_bytes,
+        private_bytes=sum(len(table.block_ids) for table in request.tables) * block_bytes // len(request.tables)
+        + (len(request.packed) - num_shared) * block_bytes,
+        shared_bytes=num_shared * block_bytes,
+        bits_per_value=policy.bits_per_value,
     )
 
 

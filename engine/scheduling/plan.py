@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import msgspec
 
+from engine.scheduling.compression import ResolvedPolicy
+from engine.speculation.base import TapRows, Taps
+from engine.speculation.tree import DraftTree
 from engine.types import CompiledConstraint, PoolingParams, SamplingParams, TokenLogprob
 
 
@@ -29,11 +32,28 @@ class NewRow:
     constraint: CompiledConstraint | None = None
     pooling: PoolingParams | None = None  # the row samples nothing: its last prompt chunk has a pooled result
     adapter: int = 0  # index of its low-rank adapter, 0 for none
+    policy: ResolvedPolicy | None = None  # how its cache is kept
+
+
+class Compaction(msgspec.Struct, frozen=True, gc=False):
+    """The cache of a row shrinks after its chunk, when that ends as planned (it has neither an error nor waits)."""
+
+    kept: tuple[int, ...]  # slots: one number for all, or one per layer, or per (layer, kv head), layer by layer
+    # Where the survivors go, and the row's tables from then on: one of blocks, or one per group of parts of blocks. The
+    # first blocks of its own, or new ones.
+    tables: tuple[tuple[int, ...], ...]
+    # New packed blocks of the row. What is older than the slots kept goes there, behind what is packed already, and the
+    # table keeps the other blocks.
+    packed: tuple[int, ...] = ()
 
 
 # A chunk and its result are made for every row in every step: structs, because they cost a tenth of a frozen dataclass.
 class Chunk(msgspec.Struct, frozen=True, gc=False):
-    """Tokens [start, start + num_tokens) of one row run through the model in this step."""
+    """Tokens [start, start + num_tokens) of one row run through the model in this step.
+
+    With a draft, the row's last token at `start` is followed by the draft's nodes: node i takes the cache slot after
+    the i-th, and the position that its depth says.
+    """
 
     row: int
     start: int
@@ -41,6 +61,18 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     new_block_ids: tuple[int, ...]  # appended to the row's block table before the forward
     is_sampling: bool  # the chunk ends at the row's last token: choose the next one
     output_index: int  # index of the token to choose, counted from the first output
+    compaction: Compaction | None = None
+    new_parts: tuple[tuple[int, int], ...] = ()  # (group, part of a block): appended to the tables of groups
+    filters: bool = False  # a first pass over a prompt that is shortened: the row generates nothing yet
+    policy: ResolvedPolicy | None = None  # of the row from this chunk on, where it is another than that of its NewRow
+    draft: DraftTree | None = None  # guessed tokens to check: num_tokens is 1 and the nodes
+    verifier: str = "walk"  # the rule that decides how far the draft is right, see engine.speculation.verifiers
+    taps: Taps | None = None  # what drafters want to see of it
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it computes one token that is known, and chooses what follows."""
+        return self.is_sampling and (self.num_tokens == 1 or self.draft is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +98,7 @@ class StepPlan:
     @property
     def kind(self) -> str:
         """prefill, decode or mixed: a label for metrics; nothing is decided by it."""
-        decodes = len([chunk for chunk in self.chunks if chunk.num_tokens == 1 and chunk.is_sampling])
+        decodes = len([chunk for chunk in self.chunks if chunk.is_decode])
         if decodes == len(self.chunks):
             return "decode"
         return "mixed" if decodes else "prefill"
@@ -75,15 +107,20 @@ class StepPlan:
 class ChunkResult(msgspec.Struct, frozen=True):
     """What one chunk produced, in the order of `StepPlan.chunks`."""
 
-    # The chosen token, and those that its constraint forces after it: none unless the chunk is sampling.
+    # The tokens of the accepted nodes, the chosen one, those that its constraint forces: none unless it is sampling.
     token_ids: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()  # nodes of the draft, a path from the root: their keys and values are in the cache
     is_deferred: bool = False  # no token yet, the row's constraint is still being built: run its last token again
     logprobs: tuple[TokenLogprob, ...] | None = None  # one per chosen token, when asked for
     # When asked for: of prompt positions start + 1 .. start + num_tokens (as far as the prompt goes), each from the
     # logits of the position before it. The scheduler puts the None of position 0 in front.
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None  # "numerical_error": a hidden state or logit of the chunk is not finite
+    filtered: tuple[int, ...] = ()  # with the last prompt chunk of a row that filters: places of the tokens that stay
+    kept_blocks: tuple[int, ...] = ()  # where whole blocks leave the table: the places of those that stay
+    num_merged: int = 0  # tokens that the chunk's compaction merged into others, on average over the kv heads
     pooled: tuple[bytes, tuple[int, ...]] | None = None  # float32 data and shape, with the last chunk of a pooling row
+    taps: TapRows | None = None  # what the chunk asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,12 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from engine.scheduling.compression import CachePlan, ResolvedPolicy
 from engine.scheduling.prefix_cache import HashChain
+from engine.speculation.options import Speculating
 from engine.types import EngineRequest, PoolingParams, SamplingParams, TokenLogprob
+
+MAX_FORCED_TOKENS = 16  # more at once are scheduled as a prompt is
 
 
 class Status(enum.Enum):
@@ -45,6 +49,8 @@ class Family:
     stop_ids: frozenset[int]  # token ids that end a choice
     max_tokens: int  # the asked number, cut to what the context length leaves
     adapter: int = 0  # index of its low-rank adapter, 0 for none
+    policy: ResolvedPolicy | None = None  # how the caches of its choices are kept
+    may_shrink: bool = False  # a whole cache may be compressed when memory is short
     choices: dict[int, Request] = field(default_factory=dict)  # those not finished, by choice
 
     @property
@@ -61,9 +67,13 @@ class Request:
     token_ids: list[int]  # prompt, then outputs
     num_prompt_tokens: int
     chain: HashChain | None  # None: neither reads nor enters the prefix cache
+    policy: ResolvedPolicy | None = None  # how its cache is kept: its family's, or another under pressure
     status: Status = Status.PARKED
     tables: list[BlockTable] = field(default_factory=lambda: [BlockTable()])  # by group; [0] is the dense one
-    num_computed_tokens: int = 0  # logical: tokens whose keys and values are in the cache
+    reserved: list[list[int]] = field(default_factory=list)  # tables to come: of the compaction in the step in flight
+    packed: list[int] = field(default_factory=list)  # blocks with its older tokens, in another format
+    is_compressed: bool = False  # it has tokens that the cache no longer has: nothing more of it may be shared
+    num_computed_tokens: int = 0  # logical: tokens whose keys and values have been computed
     num_published_blocks: int = 0
     row: int | None = None
     waiting_since_s: float = 0.0
@@ -73,6 +83,11 @@ class Request:
     cache_miss: str | None = None  # why not all that could be, then; "" when it was all
     prompt_logprobs: list[TokenLogprob | None] | None = None  # collected so far, None once sent or not asked for
     has_emitted: bool = False
+    speculating: Speculating | None = None  # None: without speculation
+    peak_slots: int = 0  # the most that its cache has held
+    is_filtering: bool = False  # the prompt will be replaced by a part of itself
+    num_merged: int = 0  # dropped tokens that live on in the mean of others
+    num_blocks_released: int = 0  # given back by compactions, before the end
 
     @property
     def request_id(self) -> str:
@@ -85,6 +100,21 @@ class Request:
     @property
     def pooling(self) -> PoolingParams | None:
         return self.family.request.pooling
+
+    @property
+    def cache_plan(self) -> CachePlan | None:
+        return None if self.policy is None else self.policy.plan
+
+    @property
+    def num_dropped(self) -> int:
+        """Computed tokens that the cache no longer has, on average over the groups."""
+        num_slots = sum(table.num_slots for table in self.tables)
+        return self.num_computed_tokens - num_slots // len(self.tables)
+
+    @property
+    def num_evicted(self) -> int:
+        """Those of them that are gone: the others are packed."""
+        return 0 if self.packed else self.num_dropped
 
     @property
     def priority(self) -> int:
@@ -110,6 +140,12 @@ class Request:
     @property
     def num_remaining_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """What it has to compute is its last choice, with what a grammar forced behind it."""
+        remaining = self.num_remaining_tokens
+        return remaining == 1 or (remaining <= MAX_FORCED_TOKENS and self.has_computed_prompt)
 
     @property
     def has_computed_prompt(self) -> bool:

@@ -7,8 +7,10 @@ when it is aborted. The README of this folder has the picture and the rules that
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from engine.config import CacheConfig, SchedulerConfig
 from engine.errors import InvalidParameter
@@ -17,15 +19,20 @@ from engine.scheduling.admission import check_queue, check_servable
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.cache_control import CacheControl
 from engine.scheduling.cache_manager import CacheManager
+from engine.scheduling.compression import PolicyResolver, ResolvedPolicy
 from engine.scheduling.deadlines import Deadlines
+from engine.scheduling.drafts import DraftCounters, Progress, count_draft, fitting_draft
 from engine.scheduling.outputs import Ending, append_tokens, collect_prompt_logprobs, make_output, make_pooled_output
 from engine.scheduling.plan import Chunk, ChunkResult, NewRow, StepPlan, StepResult
 from engine.scheduling.preemption import choose_victim
 from engine.scheduling.prefix_cache import PrefixCache
+from engine.scheduling.pressure import Pressure
 from engine.scheduling.request import Family, Request, Status
 from engine.scheduling.roster import Roster
 from engine.scheduling.rows import RowSlots
-from engine.types import EngineRequest, EngineStats, TokenOutput
+from engine.speculation.options import Speculating, SpeculationOptions, SpeculationResolver
+from engine.speculation.tree import EMPTY
+from engine.types import CompressionCounts, EngineRequest, EngineStats, TokenOutput
 
 
 @dataclass(slots=True)
@@ -48,6 +55,7 @@ class _Counters:
     prompt_tokens_cached: int = 0
     generation_tokens: int = 0
     aborted_tokens: int = 0
+    compression: dict[str, CompressionCounts] = field(default_factory=dict)  # by policy
 
 
 class Scheduler:
@@ -70,6 +78,10 @@ class Scheduler:
         secret: bytes | None = None,
         whole_prompts: bool = False,
         adapters: AdapterTable | None = None,
+        policies: PolicyResolver | None = None,
+        pressure: Pressure | None = None,
+        block_bytes: int = 0,
+        speculation: SpeculationResolver | None = None,
     ) -> None:
         """
         num_blocks     size of the pool, null block included
@@ -78,6 +90,10 @@ class Scheduler:
         secret         root of the prefix cache's digests; random by default
         whole_prompts  prompts never run in chunks: encoders see all of a text at once. A step must have room for one
         adapters       the loaded low-rank adapters; default: there are none
+        policies       the cache policies that requests may choose; default: none, every cache is whole
+        pressure       shrinks whole caches before anybody is preempted; default: nobody's
+        block_bytes    what one block takes, for what answers report
+        speculation    the drafters that requests may choose; default: none
         """
         pool = BlockPool(num_blocks, max_pinned=cache_config.max_pinned_blocks)
         prefix_cache = None
@@ -87,6 +103,12 @@ class Scheduler:
         self.cache_control = CacheControl(self.cache, clock)
         self.rows = RowSlots(config.max_num_seqs)
         self.adapters = adapters or AdapterTable()
+        self._policies = policies
+        self._pressure = pressure
+        self._speculation = speculation
+        self.progress: list[Progress] = []  # of the requests that speculate, in the step committed last
+        self.draft_counters = DraftCounters()
+        self._block_bytes = block_bytes
         self.roster = Roster()
         self.limits = config
         self._max_model_len = max_model_len
@@ -114,7 +136,11 @@ class Scheduler:
         """Accepts a request. Raises QueueFull, PromptTooLong or InvalidParameter, and changes nothing then."""
         if request.request_id in self.roster.families:
             raise InvalidParameter(f"request id {request.request_id!r} is in use; choose another", param="request_id")
-        max_tokens = check_servable(request, self.cache, self._max_model_len)
+        policy = self._resolve_policy(request)
+        speculation = self._resolve_speculation(request)
+        max_tokens = check_servable(request, self.cache, self._max_model_len, policy)
+        if policy is not None:
+            policy = policy.within(len(request.prompt_token_ids) + max_tokens)
         self.adapters.check(request.adapter)
         now = self._clock()
         check_queue(
@@ -137,6 +163,8 @@ class Scheduler:
             arrival_s=now,
             stop_ids=eos_token_ids.union(sampling.stop_token_ids),
             max_tokens=max_tokens,
+            policy=policy,
+            may_shrink=policy is None and self._pressure is not None and self._pressure.allows(request),
             adapter=self.adapters.acquire(request.adapter, request.num_choices),
         )
         for choice in range(request.num_choices):
@@ -146,10 +174,33 @@ class Scheduler:
                 token_ids=list(request.prompt_token_ids),
                 num_prompt_tokens=len(request.prompt_token_ids),
                 chain=self.cache.new_chain(request.tenant, request.cache_salt, request.adapter),
+                policy=policy,
+                is_filtering=policy is not None and policy.plan.num_filtered is not None,
                 prompt_logprobs=[None] if choice == 0 and sampling.prompt_logprobs is not None else None,
+                speculating=None if speculation is None else Speculating(speculation),
             )
         self.roster.add(family, now)
         self._deadlines.arrived(family)
+
+    def _resolve_policy(self, request: EngineRequest) -> ResolvedPolicy | None:
+        if request.pooling is not None:
+            return None
+        if self._policies is not None:
+            return self._policies.resolve(request.kv_policy, len(request.prompt_token_ids))
+        if request.kv_policy is not None:
+            raise InvalidParameter(
+                "kv_policy is given, but there is none to choose from; leave it out", param="kv_policy"
+            )
+        return None
+
+    def _resolve_speculation(self, request: EngineRequest) -> SpeculationOptions | None:
+        if request.pooling is not None:
+            return None
+        if self._speculation is not None:
+            return self._speculation.resolve(request.speculative)
+        if request.speculative is not None and not request.speculative.get("off"):
+            raise InvalidParameter("speculative is given, but there is none to choose from", param="speculative")
+        return None
 
     def abort(self, request_id: str, choice: int | None = None) -> None:
         """The client wants no more of a request, or of one of its choices: no output follows.
@@ -179,6 +230,8 @@ class Scheduler:
         self._expire(now)
         draft = _Draft(budget=self.limits.max_num_batched_tokens)
         self._make_way(draft)
+        if self._pressure is not None:
+            self._pressure.relieve(self.cache, self.roster.running)
         urgent, late = self._running_in_order()
         num_preempted = self._schedule_running(urgent, draft)
         if late and not num_preempted:
@@ -186,6 +239,7 @@ class Scheduler:
         num_preempted += self._schedule_running(late, draft)
         if not num_preempted:
             self._schedule_waiting(draft)
+        self._add_guesses(draft)
         if draft.chunks:
             self._in_flight = StepPlan(
                 chunks=tuple(draft.chunks.values()),
@@ -203,6 +257,7 @@ class Scheduler:
         assert plan is self._in_flight, "commit belongs to the plan that schedule returned last"
         assert len(result.chunks) == len(plan.chunks), f"{len(result.chunks)} results for {len(plan.chunks)} chunks"
         self._in_flight = None
+        self.progress = []
         for chunk, outcome in zip(plan.chunks, result.chunks, strict=True):
             request = self.rows[chunk.row]
             if request.status is Status.RUNNING:  # else it left while the step ran
@@ -216,7 +271,7 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """Counters and gauges, without the step times, which the core knows."""
-        counts, counters = self.cache.pool.counts, self._counters
+        counts, counters, drafts = self.cache.pool.counts, self._counters, self.draft_counters
         prefix = self.cache.prefix_stats
         return EngineStats(
             num_running=len(self.roster.running),
@@ -227,6 +282,8 @@ class Scheduler:
             blocks_active=counts.active + counts.pinned,
             blocks_cached=counts.cached,
             num_preemptions=counters.num_preemptions,
+            compression=counters.compression,
+            num_shrunk=0 if self._pressure is None else self._pressure.num_shrunk,
             prompt_tokens_computed=counters.prompt_tokens_computed,
             prompt_tokens_cached=counters.prompt_tokens_cached,
             generation_tokens=counters.generation_tokens,
@@ -236,6 +293,12 @@ class Scheduler:
             prefix_hit_tokens=prefix.hit_tokens,
             prefix_evicted_blocks=sum(prefix.evicted_blocks.values()),
             aborted_tokens=counters.aborted_tokens,
+            spec_steps=drafts.num_steps,
+            spec_emitted=drafts.num_emitted,
+            spec_drafted=dict(drafts.drafted),
+            spec_accepted=dict(drafts.accepted),
+            spec_reached_at_depth=list(drafts.reached_at_depth),
+            spec_accepted_at_depth=list(drafts.accepted_at_depth),
         )
 
     # ---- building a step
@@ -257,13 +320,16 @@ class Scheduler:
             self._preempt(victim, draft)
 
     def _running_in_order(self) -> tuple[list[Request], list[Request]]:
-        """Rows that decode and then prompts, but for the prompts less urgent than the head of the queue; and those."""
+        """Rows that decode and then prompts, but for the prompts less urgent than the head of the queue; and those.
+
+        Decoding rows keep their order whatever their grammars force, so that the batch's block table stays as it is.
+        """
         head = self.roster.queue.first()
         decodes: list[Request] = []
         prefills: list[Request] = []
         late: list[Request] = []
         for request in self.roster.running:
-            if request.num_remaining_tokens == 1:
+            if request.is_decoding:
                 decodes.append(request)
             else:
                 (late if head is not None and request.priority > head.priority else prefills).append(request)
@@ -276,7 +342,7 @@ class Scheduler:
             if not draft.budget:
                 break
             if request.status is Status.RUNNING:  # else it gave way to one before it
-                num_tokens = min(request.num_remaining_tokens, draft.budget)
+                num_tokens = min(self._num_next_tokens(request), draft.budget)
                 if self._make_room(request, num_tokens, draft):
                     self._add_chunk(request, num_tokens, draft)
         return self._counters.num_preemptions - num_preempted
@@ -296,7 +362,7 @@ class Scheduler:
             if not self._admit(request, draft):
                 return
             self._start(request, now, draft)
-            num_tokens = min(request.num_remaining_tokens, draft.budget)
+            num_tokens = min(self._num_next_tokens(request), draft.budget)
             has_grown = self.cache.grow(request, num_tokens)
             assert has_grown, "admission has seen to the room"
             self._add_chunk(request, num_tokens, draft)
@@ -343,6 +409,7 @@ class Scheduler:
                 constraint=request.family.request.constraint,
                 pooling=request.pooling,
                 adapter=request.family.adapter,
+                policy=request.policy,
             )
         )
 
@@ -356,9 +423,46 @@ class Scheduler:
             start=request.num_computed_tokens,
             num_tokens=num_tokens,
             new_block_ids=self.cache.take_new_blocks(request),
-            is_sampling=num_tokens == request.num_remaining_tokens and request.pooling is None,
+            new_parts=self.cache.take_new_parts(request),
+            is_sampling=num_tokens == request.num_remaining_tokens
+            and request.pooling is None
+            and not request.is_filtering,
+            filters=request.is_filtering,
             output_index=request.num_output_tokens,
+            compaction=self.cache.compaction.planned(request, num_tokens),
+            policy=request.policy if request.policy is not request.family.policy else None,
         )
+
+    def _add_guesses(self, draft: _Draft) -> None:
+        """Decoding rows check their drafts as far as tokens and blocks are left over."""
+        for request, chunk in draft.chunks.items():
+            if request.speculating is None or not chunk.is_decode or chunk.compaction is not None:
+                continue
+            tree = fitting_draft(request, draft.budget, self._max_model_len)
+            if tree.tokens:
+                tree = tree.first(self.cache.grow_for_draft(request, chunk.num_tokens, len(tree)))
+            draft.chunks[request] = msgspec.structs.replace(
+                chunk,
+                num_tokens=chunk.num_tokens + len(tree),
+                new_block_ids=chunk.new_block_ids + self.cache.take_new_blocks(request),
+                draft=tree if tree.tokens else None,
+                verifier=request.speculating.options.verifier,
+                taps=request.speculating.taps,
+            )
+            draft.budget -= len(tree)
+            request.speculating.draft = EMPTY
+
+    def _num_next_tokens(self, request: Request) -> int:
+        """Tokens that one chunk may have: it ends where the cache shrinks."""
+        num_tokens = request.num_remaining_tokens
+        plan = request.cache_plan
+        if plan is not None:
+            point = plan.next_point(request.num_computed_tokens)
+            if point is not None:
+                num_tokens = min(num_tokens, point - request.num_computed_tokens)
+            if plan.steps_singly:
+                num_tokens = min(num_tokens, max(1, request.num_prompt_tokens - request.num_computed_tokens))
+        return num_tokens
 
     def _make_room(self, request: Request, num_tokens: int, draft: _Draft) -> bool:
         """Blocks for the next tokens, if need be from others. False when the request itself had to give way."""
@@ -375,6 +479,8 @@ class Scheduler:
         if chunk is not None:
             draft.budget += chunk.num_tokens
             draft.table_edits = [edit for edit in draft.table_edits if edit[0] != chunk.row]
+        if request.speculating is not None:
+            request.speculating.draft = EMPTY
         self._counters.num_preemptions += 1
         request.num_preemptions += 1
         self.roster.requeue(request, self._clock())
@@ -383,7 +489,8 @@ class Scheduler:
     # ---- results
 
     def _commit_chunk(self, request: Request, chunk: Chunk, outcome: ChunkResult) -> None:
-        num_tokens = chunk.num_tokens - outcome.is_deferred
+        num_nodes = 0 if chunk.draft is None else len(chunk.draft)
+        num_tokens = chunk.num_tokens - num_nodes - outcome.is_deferred
         self.cache.advance(request, num_tokens)
         if chunk.start < request.num_prompt_tokens:
             num_prompt_tokens = min(num_tokens, request.num_prompt_tokens - chunk.start)
@@ -394,20 +501,68 @@ class Scheduler:
         if request.pooling is not None:
             self._commit_pooled(request, outcome)
             return
+        if request.is_filtering:
+            if outcome.filtered:
+                self._shorten_prompt(request, outcome.filtered)
+            return
         has_tokens = chunk.is_sampling and not outcome.is_deferred
         assert bool(outcome.token_ids) == has_tokens, "tokens come from chunks that sample, and only from those"
         collect_prompt_logprobs(request, chunk, outcome)
-        if not outcome.token_ids:
-            return
         # no chunk of this row had an error, so all its keys and values so far are finite
-        self.cache.publish(request)
+        if outcome.token_ids or chunk.compaction is not None:
+            self.cache.publish(request)
+        if chunk.compaction is not None:
+            if outcome.is_deferred:
+                self.cache.compaction.cancel(request)
+            else:
+                self._compact(request, outcome)
+        if not outcome.token_ids:
+            if chunk.draft is not None:
+                self.cache.trim(request)
+            return
         num_new_tokens, ending = append_tokens(request, outcome.token_ids)
+        self._commit_draft(request, chunk, outcome, num_new_tokens)
         self._counters.generation_tokens += num_new_tokens
         if not request.has_emitted:
             self.roster.unpark_all(request.family, self._clock())
-        self._outputs.append(make_output(request, num_new_tokens, outcome.logprobs, ending))
+        self._outputs.append(make_output(request, num_new_tokens, outcome.logprobs, ending, self._block_bytes))
         if ending is not None:
             self._leave(request)
+
+    def _commit_draft(self, request: Request, chunk: Chunk, outcome: ChunkResult, num_new_tokens: int) -> None:
+        """The accepted nodes are computed tokens like any other; nothing is left of the others."""
+        if chunk.draft is not None:
+            self.cache.advance(request, min(len(outcome.accepted), num_new_tokens))
+            self.cache.trim(request)
+            self.cache.publish(request)
+            count_draft(request, chunk.draft, outcome.accepted, num_new_tokens, self.draft_counters)
+        if request.speculating is not None:
+            self.progress.append(Progress(request, chunk.draft, outcome.accepted, num_new_tokens, outcome.taps))
+
+    def _shorten_prompt(self, request: Request, places: Sequence[int]) -> None:
+        """The first pass over the prompt is done: this request and its siblings begin with what is left of it."""
+        token_ids = [request.token_ids[place] for place in places]
+        owner = request.family.request
+        for choice in request.family.choices.values():
+            choice.is_filtering = False
+            choice.token_ids = list(token_ids)
+            choice.num_prompt_tokens = len(token_ids)
+            choice.chain = self.cache.new_chain(owner.tenant, owner.cache_salt, owner.adapter)
+        self.roster.requeue(request, self._clock())
+        self._release(request)
+
+    def _compact(self, request: Request, outcome: ChunkResult) -> None:
+        """The runner has moved the survivors: what they no longer need comes free."""
+        plan = request.cache_plan
+        assert plan is not None
+        counts = self._counters.compression.setdefault(plan.policy, CompressionCounts())
+        counts.requests += not request.is_compressed
+        counts.compactions += 1
+        num_evicted, num_released = request.num_evicted, request.num_blocks_released
+        self.cache.compact(request, outcome.kept_blocks)
+        request.num_merged += outcome.num_merged
+        counts.evicted_tokens += request.num_evicted - num_evicted
+        counts.released_bytes += (request.num_blocks_released - num_released) * self._block_bytes
 
     def _commit_pooled(self, request: Request, outcome: ChunkResult) -> None:
         """A pooling request is over with its prompt."""
@@ -418,7 +573,7 @@ class Scheduler:
 
     def _finish(self, request: Request, ending: Ending) -> None:
         """Ends a request that has no new tokens."""
-        self._outputs.append(make_output(request, 0, None, ending))
+        self._outputs.append(make_output(request, 0, None, ending, self._block_bytes))
         self._leave(request)
 
     def _expire(self, now: float) -> None:
@@ -449,8 +604,12 @@ class Scheduler:
 
 
 def _fork_source(request: Request) -> Request | None:
-    """A running choice of the same family that has computed the prompt, for one that has nothing of its own yet."""
-    if request.num_output_tokens:
+    """A running choice of the same family that has computed the prompt, for one that has nothing of its own yet.
+
+    Not with a cache that shrinks: what is left of the source's is not the prompt.
+    """
+    plan = request.cache_plan
+    if request.num_output_tokens or (plan is not None and plan.first_point is not None):
         return None
     for other in request.family.choices.values():
         if other.status is Status.RUNNING and other.has_computed_prompt:

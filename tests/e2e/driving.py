@@ -39,6 +39,7 @@ def core_for(
     kv_cache_dtype: str = "auto",
     vocabulary: Vocabulary | None = None,
     jump_ahead: bool = True,
+    pressure_policy: str = "",
 ) -> EngineCore:
     """A fresh core around a loaded model; small blocks, so that short prompts span several."""
     config = Config(
@@ -48,6 +49,7 @@ def core_for(
             num_blocks=num_blocks,
             enable_prefix_cache=prefix_cache,
             kv_cache_dtype=kv_cache_dtype,
+            pressure_policy=pressure_policy,
         ),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
         runtime=RuntimeConfig(jump_ahead=jump_ahead),

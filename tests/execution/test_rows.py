@@ -72,6 +72,24 @@ def test_rows_that_decode_are_gathered_like_any_others() -> None:
     assert rows.gather(chunks[1:]).tensors.token_ids.tolist() == [8, 102]
 
 
+def test_rows_with_a_few_tokens_are_gathered_like_any_others() -> None:
+    rows = table()
+    for row, length in ((0, 9), (1, 5), (3, 17)):
+        rows.add(
+            new_row(row, list(range(100 * row, 100 * row + length)), block_ids=tuple(range(10 * row, 10 * row + 5)))
+        )
+    rows.compact(3, (34, 33), num_dropped=11)
+    chunks = [chunk(3, 13, 4), chunk(0, 8, 1), chunk(1, 1, 4)]
+    assert sum(each.num_tokens for each in chunks) <= rows._decode.max_tokens
+    few = rows.gather(chunks)
+    kept = [tensor.clone() for tensor in few.tensors]
+    many = rows._gather_ragged(chunks)
+    assert few[1:] == many[1:] == (4, 9)
+    for one, other in zip(kept, many.tensors, strict=True):
+        assert one.dtype == other.dtype
+        assert one.tolist() == other.tolist()
+
+
 def test_a_chosen_token_is_the_next_input() -> None:
     rows = table()
     rows.add(new_row(1, [1, 2, 3, 4], block_ids=(9, 8), num_computed=4))

@@ -117,9 +117,9 @@ def blocks_are_published_before_they_are_computed(patch: Patch) -> None:
     def grow(original: Any, self: CacheManager, request: Request, num_tokens: int) -> bool:
         if not original(self, request, num_tokens):
             return False
-        request.num_computed_tokens += num_tokens
+        self.advance(request, num_tokens)
         self.publish(request)
-        request.num_computed_tokens -= num_tokens
+        self.advance(request, -num_tokens)
         return True
 
     wrap(patch, CacheManager, "grow", grow)

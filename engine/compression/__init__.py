@@ -1,0 +1,46 @@
+"""Cache policies: which tokens of a request stay in the KV cache, decided per request inside one batch."""
+
+# each import registers what is in it
+from engine.compression import (
+    a2sf,
+    ems,
+    first_turn,
+    formats,
+    gemfilter,
+    h2o,
+    keyformer,
+    kvcrush,
+    oracle,
+    pyramidkv,
+    quest,
+    raas,
+    random_eviction,
+    razor_attention,
+    scissorhands,
+    snapkv,
+    streaming_llm,
+    tova,
+    vatp,
+)
+
+__all__ = [
+    "a2sf",
+    "ems",
+    "first_turn",
+    "formats",
+    "gemfilter",
+    "h2o",
+    "keyformer",
+    "kvcrush",
+    "oracle",
+    "pyramidkv",
+    "quest",
+    "raas",
+    "random_eviction",
+    "razor_attention",
+    "scissorhands",
+    "snapkv",
+    "streaming_llm",
+    "tova",
+    "vatp",
+]

@@ -1,0 +1,205 @@
+"""Attention of a batch whose rows keep their caches in different ways: one segment of neighbouring rows per way.
+
+Knows rows of a batch, tables and slots; no requests, no policies. Shape letters: T tokens, R rows, H query heads,
+H_kv kv heads, D head_dim, S slots, C channels, L layers, MB blocks of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import kernels
+from engine.compression.base import EvidenceKind
+from engine.models.batch import ForwardBatch, KVCache
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Neighbouring rows [first, first + num_rows) of a batch and their tokens."""
+
+    first: int
+    num_rows: int
+    tokens: slice
+    starts: Tensor  # [R + 1] int32, where each row's tokens begin, from 0
+
+    @staticmethod
+    def of(batch: ForwardBatch, first: int, num_rows: int) -> RowRange:
+        starts = batch.cu_seqlens_q[first : first + num_rows + 1]
+        return RowRange(first, num_rows, slice(int(starts[0]), int(starts[-1])), starts - starts[0])
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.num_rows)
+
+
+class Segment(Protocol):
+    rows: RowRange
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
+        """Writes keys and values [T, H_kv, D] of the segment's tokens to the cache and their attention to `out`."""
+
+
+class MixedAttention:
+    """See `engine.models.batch.AttentionHook`. The segments cover all rows."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._segments = segments
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int, soft_cap: float,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        options: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
+        out = torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype, device=q.device)
+        for segment in self._segments:
+            tokens = segment.rows.tokens
+            segment.attend(layer, q[tokens], k[tokens], v[tokens], out[tokens], options)
+        return out
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rows of a segment whose evidence is of one kind.
+
+    weights       [C, T] float32 of their tokens
+    before        of each row, what it had: [C, L, H_kv, n] float32, or None for nothing. It is not changed
+    noise_keys    [T] int64, for the kind "noisy"
+    temperatures  [T] float32, likewise
+    """
+
+    kind: EvidenceKind
+    rows: RowRange
+    weights: Tensor
+    before: Sequence[Tensor | None]
+    noise_keys: Tensor | None = None
+    temperatures: Tensor | None = None
+
+    def of_layer(self, layer: int, num_kv_heads: int, num_slots: int) -> Tensor:
+        """What the rows had in one layer: [C, R, H_kv, S] float32, a copy with zeros for what came since."""
+        shape = self.weights.shape[0], self.rows.num_rows, num_kv_heads, num_slots
+        scores = torch.zeros(shape, dtype=torch.float32, device=self.weights.device)
+        for row, before in enumerate(self.before):
+            if before is not None:
+                scores[:, row, :, : before.shape[3]] = before[:, layer]
+        return scores
+
+
+class TableSegment:
+    """Rows with one block table each, and the probabilities that some of them, the first ones, ask for.
+
+    `staged` has, for each `Scored`, one [C, R, H_kv, S] float32 per layer, complete after the last layer.
+    """
+
+    def __init__(self, batch: ForwardBatch, cache: KVCache, rows: RowRange, scored: Sequence[Scored]) -> None:
+        self.rows = rows
+        self.staged: list[list[Tensor]] = [[] for _ in scored]
+        self._cache = cache
+        self._scored = scored
+        self._slots = batch.slots[rows.tokens]
+        self._table = batch.block_table[rows.rows]
+        self._seq_lens = batch.seq_lens[rows.rows]
+        self._num_slots = [int(batch.seq_lens[group.rows.rows].max()) for group in scored]
+        if rows.num_rows == len(batch.seq_lens):
+            self._plan = batch.attention_plan
+        else:
+            parents = batch.attention_plan.parents
+            self._plan = kernels.plan_attention(
+                rows.starts.cpu(),
+                self._seq_lens.cpu(),
+                num_kv_heads=cache.k.shape[2],
+                device=batch.slots.device,
+                parents=None if parents is None else parents[rows.tokens],
+            )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
+        """See `Segment`."""
+        k_cache, v_cache = self._cache.layer(layer)
+        kernels.kv_write(k, v, k_cache, v_cache, self._slots)
+        where = self._table, self._seq_lens, self.rows.starts
+        if not self._scored:
+            kernels.paged_attention(q, k_cache, v_cache, *where, out=out, plan=self._plan, **options)
+            return
+        _, lse = kernels.paged_attention(
+            q, k_cache, v_cache, *where, out=out, plan=self._plan, return_lse=True, **options
+        )
+        kept_options = {name: options[name] for name in ("scale", "window", "soft_cap")}
+        for scored, num_slots, staged in zip(self._scored, self._num_slots, self.staged, strict=True):
+            first, tokens = scored.rows.first - self.rows.first, scored.rows.tokens
+            rows = slice(first, first + scored.rows.num_rows)
+            tokens = slice(tokens.start - self.rows.tokens.start, tokens.stop - self.rows.tokens.start)
+            staged.append(
+                kernels.attention_scores(
+                    q[tokens],
+                    k_cache,
+                    self._table[rows],
+                    self._seq_lens[rows],
+                    scored.rows.starts,
+                    lse[tokens],
+                    scored.weights,
+                    kind=scored.kind,
+                    noise_keys=scored.noise_keys,
+                    temperature=scored.temperatures,
+                    layer=layer,
+                    out=scored.of_layer(layer, k_cache.shape[1], num_slots),
+                    **kept_options,
+                )
+            )
+
+
+def stacked(staged: list[Tensor], row: int, num_slots: int) -> Tensor:
+    """What all layers found for one row of a group: [C, L, H_kv, n] float32."""
+    return torch.stack([scores[:, row, :, :num_slots] for scores in staged], dim=1)
+
+
+class SplitSegment:
+    """Rows with a table per layer, or per layer and kv head, over parts of blocks.
+
+    tables  [L, R, MB] or [L, R, H_kv, MB] int32, of parts
+    lens    [L, R] or [L, R, H_kv] int32, slots that a row's last query sees
+    slots   [L, T] or [L, T, H_kv] int64, where the tokens go
+    """
+
+    def __init__(self, cache: KVCache, rows: RowRange, tables: Tensor, lens: Tensor, slots: Tensor) -> None:
+        self.rows = rows
+        self._tables, self._lens, self._slots = tables, lens, slots
+        self._is_per_head = lens.dim() == 3
+        num_heads, block_size = cache.k.shape[2:4]
+        heads = 1 if self._is_per_head else num_heads
+        self._k = cache.k.view(-1, heads, block_size, cache.k.shape[4])
+        self._v = cache.v.view(-1, heads, block_size, cache.v.shape[4])
+        self.virtual: Sequence[VirtualKeys] | None = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
+        """See `Segment`."""
+        slots = self._slots[layer]
+        if self._is_per_head:
+            k, v, slots = k.flatten(0, 1).unsqueeze(1), v.flatten(0, 1).unsqueeze(1), slots.flatten()
+        kernels.kv_write(k, v, self._k, self._v, slots)
+        where = self._tables[layer], self._lens[layer], self.rows.starts
+        if self.virtual is None:
+            kernels.paged_attention(q, self._k, self._v, *where, out=out, **options)
+            return
+        _, lse = kernels.paged_attention(q, self._k, self._v, *where, out=out, return_lse=True, **options)
+        self.virtual[layer].merge_into(q, out, lse, self.rows.starts, options["scale"])
+
+
+@dataclass(frozen=True)
+class VirtualKeys:
+    """One key and value per row and kv head that stand for many: [R, H_kv, D] and [R, H_kv, Dv] float32.
+
+    log_count  [R, H_kv] float32, the logarithm of how many; -inf for none
+    """
+
+    k: Tensor
+    v: Tensor
+    log_count: Tensor
+
+    def merge_into(self, q: Tensor, out: Tensor, lse: Tensor, starts: Tensor, scale: float) -> None:
+        """Adds their part to the attention `out` [T, H, Dv] of the rows, whose softmax so far has `lse` [T, H]."""
+        part, part_lse = kernels.virtual_key(q, self.k, self.v, self.log_count, starts, scale=scale)
+        kernels.merge_attention(out, lse, part, part_lse)

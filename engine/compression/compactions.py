@@ -1,0 +1,156 @@
+"""Makes compactions: shows the policy what is there, and moves, packs or lets go of the rest as it says.
+
+Knows rows, tables and tensors. Shape letters: L layers, H_kv kv heads, n slots present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kernels
+from engine.compression import registry
+from engine.compression.apply import SlotMap, move
+from engine.compression.base import CompactionView, Keep
+from engine.compression.formats import PackedPolicy
+from engine.compression.packed import PackedRows
+from engine.compression.razor_attention import Compensation
+from engine.compression.registry import Hook
+from engine.compression.selecting import BoundedRows
+from engine.compression.split import SplitRows
+from engine.compression.state import RowState
+from engine.execution.rows import RowTable
+from engine.models.batch import KVCache
+from engine.scheduling.compression import Realisation
+from engine.scheduling.plan import Chunk, Compaction
+
+
+class Compactions:
+    def __init__(
+        self, cache: KVCache, rows: RowTable, split: SplitRows, packed: PackedRows, bounded: BoundedRows
+    ) -> None:
+        self._cache = cache
+        self._rows = rows
+        self._split = split
+        self._packed = packed
+        self._bounded = bounded
+        self._num_layers = cache.k.shape[1]
+        self._device = cache.k.device
+
+    def make(self, chunk: Chunk, compaction: Compaction, state: RowState) -> dict[str, Any]:
+        """Makes the compaction of a chunk that has been computed.
+
+        Returns the fields of the chunk's result that the scheduler learns from it.
+        """
+        row = chunk.row
+        end = chunk.start + chunk.num_tokens
+        if isinstance(state.policy, PackedPolicy):
+            self._pack(chunk, compaction, state.policy, state.plan.places)
+            return {}
+        is_split = row in self._split
+        tables = self._split.tables(row) if is_split else [self._rows.block_ids(row).tolist()]
+        num_slots = self._split.num_slots(row) if is_split else np.array([end - self._rows.num_dropped(row)])
+        source = SlotMap(self._cache, tables)
+        view = self._view(state, source, end, self._per_head(num_slots), self._per_head(compaction.kept))
+        if state.plan.realisation is Realisation.BLOCKS:
+            view = replace(view, scores=self._bounded.stamps(row, view.positions.shape[2]))
+        keep = state.policy.keep(view)
+        if state.plan.realisation is Realisation.BLOCKS:
+            return self._keep_blocks(row, state, view, keep)
+        if Hook.COMPENSATION in registry.needs(state.policy):
+            self._compensate(state, view, keep)
+        move(self._cache, source, SlotMap(self._cache, compaction.tables), keep)
+        state.positions = view.positions.gather(2, keep.index.clamp_min(0)).masked_fill(keep.index < 0, -1)
+        state.num_positioned = end
+        if state.policy.evidence is not None:
+            kept = keep.index.clamp_min(0).expand(view.scores.shape[0], -1, -1, -1)
+            state.scores = None if state.policy.evidence.resets else view.scores.gather(3, kept)
+            state.num_scored = end
+        if len(compaction.tables) > 1:
+            self._split.set(row, compaction)
+        else:
+            self._rows.compact(row, compaction.tables[0], end - compaction.kept[0])
+        if keep.merge_to is None:
+            return {}
+        return {"num_merged": round(float((keep.merge_to >= 0).sum()) / keep.merge_to[..., 0].numel())}
+
+    def _pack(self, chunk: Chunk, compaction: Compaction, policy: PackedPolicy, places: int) -> None:
+        """The oldest blocks of the row's table are packed and leave it."""
+        row, end, num_kept = chunk.row, chunk.start + chunk.num_tokens, compaction.kept[0]
+        num_packed = (end - self._rows.num_dropped(row) - num_kept) // self._cache.k.shape[3]
+        source = self._rows.block_ids(row).tolist()
+        self._packed.seal(row, policy.format, places, source[:num_packed], compaction.packed)
+        copies = [pair for pair in zip(source[num_packed:], compaction.tables[0], strict=True) if pair[0] != pair[1]]
+        kernels.copy_blocks(self._cache.k, self._cache.v, torch.tensor(copies, dtype=torch.int64).view(-1, 2))
+        self._rows.compact(row, compaction.tables[0], end - num_kept)
+
+    def _keep_blocks(self, row: int, state: RowState, view: CompactionView, keep: Keep) -> dict[str, Any]:
+        """Whole blocks leave the table; the others stay where they are."""
+        block_size = self._cache.k.shape[3]
+        places = (keep.index[0, 0, ::block_size] // block_size).tolist()
+        block_ids = self._rows.block_ids(row)[places].tolist()
+        self._rows.compact(row, block_ids, view.num_tokens - keep.index.shape[2])
+        self._bounded.keep_blocks(row, places)
+        state.positions = view.positions.gather(2, keep.index)
+        state.num_positioned = view.num_tokens
+        return {"kept_blocks": tuple(places)}
+
+    def _compensate(self, state: RowState, view: CompactionView, keep: Keep) -> None:
+        """What is about to be dropped joins what stands for it."""
+        num_slots = view.positions.shape[2]
+        slots = torch.arange(num_slots, device=self._device)
+        for layer in range(self._num_layers):
+            if len(state.dropped) == layer:
+                state.dropped.append(self.no_compensation())
+            index = keep.index[layer]
+            num_kept = torch.zeros_like(view.positions[layer]).scatter_add(1, index.clamp_min(0), (index >= 0).long())
+            is_dropped = (slots < view.num_present[layer].unsqueeze(1)) & (num_kept == 0)  # [H_kv, n]
+            keys, values = (rows.where(is_dropped.unsqueeze(2), 0.0) for rows in (view.keys(layer), view.values(layer)))
+            state.dropped[layer] = state.dropped[layer].add(keys, values, is_dropped)
+
+    def no_compensation(self) -> Compensation:
+        k, v = self._cache.k, self._cache.v
+        return Compensation.none(k.shape[2], k.shape[4], v.shape[4], self._device)
+
+    def _per_head(self, counts: Sequence[int] | np.ndarray) -> Tensor:
+        """One number, one per layer, or one per (layer, kv head) -> [L, H_kv] int64."""
+        num_heads = self._cache.k.shape[2]
+        values = torch.as_tensor(counts, dtype=torch.int64).to(self._device)
+        if len(values) == self._num_layers * num_heads:
+            return values.view(self._num_layers, num_heads)
+        return values.view(-1, 1).expand(self._num_layers, num_heads)
+
+    def _view(self, state: RowState, source: SlotMap, end: int, present: Tensor, num_kept: Tensor) -> CompactionView:
+        num_slots = int(present.max())
+        shape = *present.shape, num_slots
+        num_channels = 1 if state.policy.evidence is None else state.policy.evidence.channels
+        scores = torch.zeros(num_channels, *shape, dtype=torch.float32, device=self._device)
+        if state.scores is not None:
+            scores[..., : state.scores.shape[3]] = state.scores
+        return CompactionView(
+            scores=scores,
+            positions=self._positions(state, end, present, num_slots),
+            num_present=present,
+            num_kept=num_kept,
+            num_prompt_tokens=state.num_prompt_tokens,
+            num_tokens=end,
+            seed=state.seed,
+            keys=lambda layer: source.layer(self._cache.k, layer, num_slots),
+            values=lambda layer: source.layer(self._cache.v, layer, num_slots),
+        )
+
+    def _positions(self, state: RowState, end: int, present: Tensor, num_slots: int) -> Tensor:
+        """[L, H_kv, n] int64 of all slots, -1 where a head has fewer."""
+        slots = torch.arange(num_slots, device=self._device).expand(*present.shape, -1)
+        positions = slots + end - present.unsqueeze(2)  # the newest slot has the newest token, and so on back
+        if state.positions is not None:
+            num_kept = present - (end - state.num_positioned)
+            known = state.positions.shape[2]
+            is_older = slots[..., :known] < num_kept.unsqueeze(2)
+            positions[..., :known] = torch.where(is_older, state.positions, positions[..., :known])
+        return positions.masked_fill(slots >= present.unsqueeze(2), -1)

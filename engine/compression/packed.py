@@ -1,0 +1,111 @@
+"""Rows whose older tokens are in packed blocks: sealing them, and what a step's attention needs of them.
+
+Knows rows, blocks and tensors. Shape letters: T tokens, R rows, MBp packed blocks, BS block size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kernels
+from engine.compression.attend import RowRange
+from engine.models.batch import ForwardBatch, KVCache
+from engine.scheduling.plan import Chunk
+
+
+@dataclass(slots=True)
+class _Row:
+    format: str
+    places: int  # groups of BS tokens per block
+    block_ids: list[int] = field(default_factory=list)
+    num_groups: int = 0
+
+
+class PackedRows:
+    """Row -> its packed blocks, from the first sealing on."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._packed: dict[int, _Row] = {}
+
+    def __contains__(self, row: int) -> bool:
+        return row in self._packed
+
+    def format(self, row: int) -> str:
+        return self._packed[row].format
+
+    def remove(self, row: int) -> None:
+        self._packed.pop(row, None)
+
+    def seal(self, row: int, format: str, places: int, source: Sequence[int], new_block_ids: Sequence[int]) -> None:
+        """Packs the blocks `source` behind what the row has; `new_block_ids` are as many as that needs beyond."""
+        packed = self._packed.setdefault(row, _Row(format, places))
+        packed.block_ids += new_block_ids
+        groups = range(packed.num_groups, packed.num_groups + len(source))
+        kernels.seal_blocks(
+            self._cache.k,
+            self._cache.v,
+            torch.tensor(source, dtype=torch.int64),
+            torch.tensor([packed.block_ids[group // places] for group in groups], dtype=torch.int64),
+            torch.tensor([group % places for group in groups], dtype=torch.int64),
+            format=format,
+        )
+        packed.num_groups += len(source)
+
+    def segment(self, chunks: Sequence[Chunk], batch: ForwardBatch, first: int) -> PackedSegment:
+        """The chunks are those of neighbouring rows of the batch, from row `first`, all of one format."""
+        rows = [self._packed[chunk.row] for chunk in chunks]
+        table = np.zeros((len(rows), max(len(row.block_ids) for row in rows)), dtype=np.int32)
+        for place, row in enumerate(rows):
+            table[place, : len(row.block_ids)] = row.block_ids
+        lens = np.array([row.num_groups for row in rows], dtype=np.int32) * self._cache.k.shape[3]
+        tensors = torch.from_numpy(table), torch.from_numpy(lens)
+        return PackedSegment(self._cache, batch, RowRange.of(batch, first, len(rows)), rows[0].format, *tensors)
+
+
+class PackedSegment:
+    """Rows with packed tokens and, in an ordinary block table, the newer ones: two parts, merged.
+
+    table  [R, MBp] int32 on the CPU
+    lens   [R] int32 on the CPU, packed tokens
+    """
+
+    def __init__(
+        self, cache: KVCache, batch: ForwardBatch, rows: RowRange, format: str, table: Tensor, lens: Tensor
+    ) -> None:
+        self.rows = rows
+        self._cache, self._format = cache, format
+        device = cache.k.device
+        self._slots = batch.slots[rows.tokens]
+        self._where = batch.block_table[rows.rows], batch.seq_lens[rows.rows], rows.starts
+        self._packed_where = table.to(device), lens.to(device), rows.starts
+        heads: dict[str, Any] = {"num_kv_heads": cache.k.shape[2], "device": device}
+        starts = rows.starts.cpu()
+        self._plan = kernels.plan_attention(starts, self._where[1].cpu(), **heads)
+        self._packed_plan = kernels.plan_packed_attention(starts, lens, **heads)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
+        """See `engine.compression.attend.Segment`. No layer has a window: such models are refused."""
+        cache = self._cache
+        kernels.kv_write(k, v, *cache.layer(layer), self._slots)
+        _, lse = kernels.paged_attention(
+            q, *cache.layer(layer), *self._where, out=out, return_lse=True, plan=self._plan, **options
+        )
+        part, part_lse = kernels.packed_attention(
+            q,
+            cache.k,
+            cache.v,
+            *self._packed_where,
+            layer=layer,
+            scale=options["scale"],
+            soft_cap=options["soft_cap"],
+            format=self._format,
+            plan=self._packed_plan,
+        )
+        kernels.merge_attention(out, lse, part, part_lse)

@@ -1,0 +1,204 @@
+"""The cache policies of the running rows: what evidence they have, and the compactions that follow from it.
+
+Knows rows, chunks and tensors. When and how much a cache shrinks was settled by the scheduler; which tokens stay is
+settled here. Evidence of a step is staged while it runs and counts once it has succeeded.
+Shape letters: C channels, L layers, H_kv kv heads, T tokens, n slots.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple, cast
+
+import msgspec
+import torch
+from torch import Tensor
+
+from engine.compression.attend import MixedAttention, RowRange, Scored, Segment, TableSegment, VirtualKeys, stacked
+from engine.compression.base import Evidence, Policy
+from engine.compression.compactions import Compactions
+from engine.compression.evidence import ask
+from engine.compression.packed import PackedRows
+from engine.compression.quest import Quest
+from engine.compression.raas import RaaS
+from engine.compression.selecting import BoundedRows, BoundedSegment
+from engine.compression.split import SplitRows
+from engine.compression.state import RowState
+from engine.errors import EngineError
+from engine.execution.rows import RowTable
+from engine.models.batch import AttentionHook, ForwardBatch, KVCache
+from engine.scheduling.plan import Chunk, ChunkResult, NewRow
+
+logger = logging.getLogger(__name__)
+
+
+class Kind(IntEnum):
+    """How rows attend, in the order in which they stand in a batch."""
+
+    SCORED = 0  # as usual, and evidence is summed up
+    PLAIN = 1  # as without any policy
+    SPLIT = 2  # with tables per layer or kv head
+    PACKED = 3  # older tokens are in packed blocks
+    BOUNDED = 4  # with a look at the bounds of blocks
+
+
+class _Way(NamedTuple):
+    """Rows of one way are neighbours in a batch."""
+
+    kind: Kind
+    evidence: Evidence = Evidence()  # of SCORED
+    format: str = ""  # of PACKED
+    number: int = 0  # tables of SPLIT, dense layers of BOUNDED
+
+
+class PolicyRows:
+    """All methods belong to the thread of the step loop."""
+
+    def __init__(self, cache: KVCache, rows: RowTable) -> None:
+        self._cache = cache
+        self._rows = rows
+        self._states: dict[int, RowState] = {}
+        self._num_layers = cache.k.shape[1]
+        self._device = cache.k.device
+        self._split = SplitRows(cache)
+        self._packed = PackedRows(cache)
+        self._bounded = BoundedRows(cache)
+        self._compactions = Compactions(cache, rows, self._split, self._packed, self._bounded)
+        self._selecting: list[tuple[BoundedSegment, list[Chunk]]] = []  # of the step that runs
+        self._scoring: TableSegment | None = None  # likewise
+        self._asked: list[list[int]] = []  # whom it scores: indices of chunks
+
+    def add(self, new: NewRow) -> None:
+        self.remove(new.row)
+        if new.policy is None:
+            return
+        policy = cast(Policy, new.policy.policy)
+        self._states[new.row] = RowState(policy, new.policy.plan, new.num_prompt_tokens, new.sampling.seed)
+        if isinstance(policy, Quest | RaaS):
+            self._bounded.add(new.row, policy, new.num_prompt_tokens)
+
+    def adopt(self, chunk: Chunk, num_prompt_tokens: int, seed: int) -> None:
+        """The row has another policy than it came with. Doing it twice is harmless."""
+        if chunk.policy is None or chunk.row in self._states:
+            return
+        policy = cast(Policy, chunk.policy.policy)
+        self._states[chunk.row] = RowState(policy, chunk.policy.plan, num_prompt_tokens, seed)
+
+    def remove(self, row: int) -> None:
+        self._states.pop(row, None)
+        self._split.remove(row)
+        self._packed.remove(row)
+        self._bounded.remove(row)
+
+    def order(self, chunks: Sequence[Chunk]) -> list[int] | None:
+        """An order in which rows that attend in the same way are neighbours; None where all attend as usual."""
+        if not self._states:
+            return None
+        ways: dict[_Way, list[int]] = {}
+        for i, chunk in enumerate(chunks):
+            ways.setdefault(self._way(chunk), []).append(i)
+        if list(ways) == [_Way(Kind.PLAIN)]:
+            return None
+        return [i for way in sorted(ways, key=lambda way: way.kind) for i in ways[way]]
+
+    def begin(self, chunks: Sequence[Chunk], batch: ForwardBatch) -> AttentionHook | None:
+        """Who attends in this step, where not all rows do as usual; the chunks are in the order of `order`."""
+        self._scoring, self._asked, self._selecting = None, [], []
+        if not self._states:
+            return None
+        ways = [self._way(chunk) for chunk in chunks]
+        segments: list[Segment] = []
+        scored: list[Scored] = []
+        first = num_tables = 0
+        while first < len(chunks):
+            way, end = ways[first], first + ways.count(ways[first])
+            members = chunks[first:end]
+            if way.kind is Kind.SCORED:
+                found = ask(way.evidence, members, self._states, first, batch)
+                if found is not None:
+                    scored.append(found)
+                    self._asked.append(list(range(first, end)))
+            elif way.kind is not Kind.PLAIN:
+                segments.append(self._segment(way, members, batch, first))
+            if way.kind <= Kind.PLAIN:
+                num_tables = end
+            first = end
+        if not segments and not scored:
+            return None
+        if num_tables:
+            self._scoring = TableSegment(batch, self._cache, RowRange.of(batch, 0, num_tables), scored)
+            segments.insert(0, self._scoring)
+        return MixedAttention(segments)
+
+    def commit(self, chunks: Sequence[Chunk], results: list[ChunkResult]) -> None:
+        """The step has succeeded: its evidence counts, and caches shrink. A policy that fails ends its own request."""
+        if self._scoring is not None:
+            for members, staged in zip(self._asked, self._scoring.staged, strict=True):
+                for place, i in enumerate(members):
+                    if results[i].error is None:
+                        self._count(chunks[i], staged, place)
+        self._scoring = None
+        for segment, members_chunks in self._selecting:
+            self._bounded.commit(members_chunks, segment)
+        self._selecting = []
+        for i, chunk in enumerate(chunks):
+            if chunk.row in self._split:
+                self._split.advance(chunk.row, chunk.num_tokens - results[i].is_deferred)
+            if chunk.compaction is None or results[i].error is not None or results[i].is_deferred:
+                continue
+            try:
+                facts = self._compactions.make(chunk, chunk.compaction, self._states[chunk.row])
+            except Exception:
+                logger.exception("a cache policy failed; its request is ended with an error, the others continue")
+                results[i] = ChunkResult(error=EngineError.code)
+                continue
+            if facts:
+                results[i] = msgspec.structs.replace(results[i], **facts)
+
+    def _way(self, chunk: Chunk) -> _Way:
+        """How a chunk's row attends."""
+        row, state = chunk.row, self._states.get(chunk.row)
+        if state is None:
+            return _Way(Kind.PLAIN)
+        if row in self._packed:
+            return _Way(Kind.PACKED, format=self._packed.format(row))
+        if row in self._split:
+            return _Way(Kind.SPLIT, number=self._split.num_groups(row))
+        if state.policy.evidence is not None and state.plan.next_point(chunk.start) is not None:
+            return _Way(Kind.SCORED, evidence=state.policy.evidence)
+        num_dense = self._bounded.way(chunk, chunk.start + chunk.num_tokens - self._rows.num_dropped(row))
+        return _Way(Kind.PLAIN) if num_dense is None else _Way(Kind.BOUNDED, number=num_dense)
+
+    def _segment(self, way: _Way, chunks: Sequence[Chunk], batch: ForwardBatch, first: int) -> Segment:
+        """Attention of neighbouring rows of the batch, from row `first`, that is not as usual."""
+        if way.kind is Kind.PACKED:
+            return self._packed.segment(chunks, batch, first)
+        if way.kind is Kind.BOUNDED:
+            bounded = self._bounded.segment(chunks, batch, first, way.number)
+            self._selecting.append((bounded, list(chunks)))
+            return bounded
+        for chunk in chunks:
+            self._split.append(chunk)
+        segment = self._split.segment(chunks, batch, first)
+        segment.virtual = self._virtual_keys(chunks)
+        return segment
+
+    def _virtual_keys(self, chunks: Sequence[Chunk]) -> list[VirtualKeys] | None:
+        """Of each layer, what stands for the dropped tokens of these rows; None where nothing does."""
+        states = [self._states[chunk.row] for chunk in chunks]
+        if not any(state.dropped for state in states):
+            return None
+        empty = self._compactions.no_compensation()
+        layers = []
+        for layer in range(self._num_layers):
+            parts = [(state.dropped[layer] if state.dropped else empty).virtual() for state in states]
+            layers.append(VirtualKeys(*[torch.stack(tensors) for tensors in zip(*parts, strict=True)]))
+        return layers
+
+    def _count(self, chunk: Chunk, staged: list[Tensor], place: int) -> None:
+        state = self._states[chunk.row]
+        end = chunk.start + chunk.num_tokens
+        state.scores = stacked(staged, place, end - self._rows.num_dropped(chunk.row))
+        state.num_scored = end

@@ -1,0 +1,119 @@
+"""What the scheduler knows of a request's cache policy: at which token counts its cache shrinks, and to what size.
+
+Integers only. When and how much are a function of the request alone, never of chunks, batches or time, so that a
+request preempted and computed again goes through the same states. Which tokens stay is decided by the policy, on the
+device (`engine.compression`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any, Protocol
+
+
+class Realisation(Enum):
+    """What becomes of the block table at a compaction."""
+
+    DENSE = "dense"  # nothing is dropped: the policy selects at attention time or changes the format
+    SLOTS = "slots"  # every kv head of every layer keeps as many tokens, gathered into private blocks
+    BLOCKS = "blocks"  # whole blocks leave the table, the others stay where they are, shared ones too
+    LAYERS = "layers"  # a number of tokens per layer, in tables per layer
+    PACKED = "packed"  # what is older than the kept slots changes its format, in packed blocks
+    HEADS = "heads"  # a number of tokens per kv head, in tables per (layer, kv head)
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """
+    policy         the name that clients use
+    realisation    see there
+    first_point    number of computed tokens at which the cache shrinks for the first time; None: it never does
+    period         it shrinks again each time so many more tokens are computed; 0: only once
+    kept           slots that remain: one number, or one per layer, or per (layer, kv head), layer by layer
+    places         blocks of tokens that a packed block holds; 0: nothing is packed
+    steps_singly   generated tokens are computed one by one, also after a preemption: each reads the cache in its own
+                   way. So only blocks of the prompt are what their tokens say, and may be shared
+    num_filtered   tokens that a first pass over the prompt leaves of it before anything is generated; None: no such
+    num_queries    last prompt tokens that must be computed, not taken from the prefix cache: the policy looks at them
+    """
+
+    policy: str
+    realisation: Realisation
+    first_point: int | None
+    period: int
+    kept: tuple[int, ...]
+    num_queries: int = 0
+    num_filtered: int | None = None
+    places: int = 0
+    steps_singly: bool = False
+
+    def next_point(self, num_computed: int) -> int | None:
+        """The first point after so many computed tokens."""
+        if self.first_point is None or num_computed < self.first_point:
+            return self.first_point
+        if not self.period:
+            return None
+        return self.first_point + ((num_computed - self.first_point) // self.period + 1) * self.period
+
+    @property
+    def num_groups(self) -> int:
+        """Block tables after the first compaction."""
+        return len(self.kept) if self.realisation in (Realisation.LAYERS, Realisation.HEADS) else 1
+
+    def is_point(self, num_computed: int) -> bool:
+        """Whether the cache shrinks when so many tokens have been computed."""
+        if self.first_point is None or num_computed < self.first_point:
+            return False
+        added = num_computed - self.first_point
+        return added == 0 or (self.period > 0 and added % self.period == 0)
+
+    def slots_at(self, num_tokens: int, group: int = 0) -> int:
+        """Slots of a table once so many tokens are computed and the points up to there are past."""
+        if self.first_point is None or num_tokens < self.first_point:
+            return num_tokens
+        since = (num_tokens - self.first_point) % self.period if self.period else num_tokens - self.first_point
+        return min(self.kept[group], num_tokens - since) + since
+
+    def packed_slots_at(self, num_tokens: int) -> int:
+        """Tokens in packed blocks, likewise: always whole blocks."""
+        return num_tokens - self.slots_at(num_tokens) if self.places else 0
+
+    def peak_after(self, num_tokens: int, group: int = 0) -> int:
+        """The most slots of a table after the first point, while so many tokens are computed in all."""
+        assert self.first_point is not None
+        added = max(0, num_tokens - self.first_point)
+        if not self.period:
+            return min(self.kept[group], self.first_point) + added
+        return min(num_tokens, self.kept[group] + min(added, self.period))
+
+
+class PolicyResolver(Protocol):
+    """The engine's table of policies, as the scheduler sees it."""
+
+    def resolve(self, choice: Mapping[str, Any] | None, num_prompt_tokens: int) -> ResolvedPolicy | None:
+        """The policy of a request, None for the full cache.
+
+        choice   the request's `kv_policy`; None: the server's default
+        Raises InvalidParameter for an unknown name or option, and for what cannot be honoured.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedPolicy:
+    plan: CachePlan
+    bits_per_value: float  # what one number of a key or value takes, scales included
+    policy: object  # an `engine.compression.base.Policy`, which the scheduler only hands on
+
+    @property
+    def has_evidence(self) -> bool:
+        """Whether the policy watches attention, up to its last point: what it sees must all be part of the text."""
+        return getattr(self.policy, "evidence", None) is not None
+
+    def within(self, num_tokens: int) -> ResolvedPolicy:
+        """For a request with at most so many tokens in the end: a point that it cannot reach asks for nothing."""
+        plan = self.plan
+        if plan.first_point is None or plan.first_point < num_tokens:
+            return self
+        return replace(self, plan=replace(plan, first_point=None, num_queries=0))
