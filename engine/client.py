@@ -402,7 +402,10 @@ class AsyncEngine:
             return
         stream = self._streams.get(message.request_id)
         if stream is not None:
-            stream.fail(to_exception(message.code, message.message, retry_after_s=message.retry_after_s))
+            error = to_exception(
+                message.code, message.message, retry_after_s=message.retry_after_s, param=message.param
+            )
+            stream.fail(error)
 
     def engine_lost(self) -> None:
         self._is_loaded = False

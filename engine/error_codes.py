@@ -24,10 +24,13 @@ def _all_subclasses(root: type[KvasirError]) -> Iterator[type[KvasirError]]:
         yield from _all_subclasses(child)
 
 
-def to_exception(code: str, message: str | None = None, *, retry_after_s: int = 1) -> KvasirError:
+def to_exception(
+    code: str, message: str | None = None, *, retry_after_s: int = 1, param: str | None = None
+) -> KvasirError:
     """The exception that carries `code`; an EngineError with that code when no class claims it.
 
     message   what to tell the client; default: the standing text for the code
+    param     the request's field that is at fault
     """
     text = message if message is not None else MESSAGES.get(code, MESSAGES["internal_error"])
     # classes that only inherit a code come after the one that declares it: prefer the declaring one, then the derived
@@ -37,7 +40,7 @@ def to_exception(code: str, message: str | None = None, *, retry_after_s: int = 
     if issubclass(error_type, CapacityError):
         return error_type(text, retry_after_s=retry_after_s)
     if issubclass(error_type, RequestError):
-        return error_type(text)
+        return error_type(text, param=param)
     error = error_type(text)
     if isinstance(error, EngineError):
         error.code = code

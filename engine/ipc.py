@@ -115,6 +115,7 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
     code: str
     message: str
     retry_after_s: int = 1
+    param: str | None = None
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):

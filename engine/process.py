@@ -257,7 +257,8 @@ class _EngineLoop:
         except KvasirError as error:
             retry_after_s = error.retry_after_s if isinstance(error, CapacityError) else 1
             code = getattr(error, "code", "internal_error")
-            self._link.send(ipc.Rejected(request.request_id, code, str(error), retry_after_s))
+            param = getattr(error, "param", None)
+            self._link.send(ipc.Rejected(request.request_id, code, str(error), retry_after_s, param))
         except Exception:  # one request's fault must not end the others
             logger.exception("request %s could not be added", request.request_id)
             message_text = "the engine could not take the request"

@@ -25,12 +25,12 @@ import msgspec
 
 from engine import children, ipc
 from engine.config import Config
+from engine.conversation import Conversation
 
 logger = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "engine.process")
 CONNECT_TIMEOUT_S = 60.0  # the interpreter starts and connects before it loads anything heavy
-READ_BYTES = 1 << 20
 MIN_BACK_OFF_S, MAX_BACK_OFF_S = 1.0, 30.0
 MAX_CRASHES, CRASH_WINDOW_S = 5, 600.0
 WATCH_INTERVAL_S = 0.25
@@ -64,7 +64,7 @@ class Supervisor:
         self._listener = listener
         self._command = tuple(command)
         self._process: asyncio.subprocess.Process | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._connection: asyncio.Transport | None = None
         self._stopping = asyncio.Event()
         self._is_ready = False
         self._is_lost = False
@@ -121,9 +121,9 @@ class Supervisor:
 
     def send(self, message: msgspec.Struct) -> bool:
         """Queues a message; False when no engine is connected."""
-        if self._writer is None or self._writer.is_closing():
+        if self._connection is None or self._connection.is_closing():
             return False
-        self._writer.write(ipc.encode(message))
+        self._connection.write(ipc.encode(message))
         return True
 
     async def pause(self) -> None:
@@ -211,22 +211,26 @@ class Supervisor:
         return connection
 
     async def _converse(self, connection: socket.socket) -> None:
-        """Reads until the connection ends."""
-        reader, self._writer = await asyncio.open_unix_connection(sock=connection, limit=READ_BYTES)
-        watch = asyncio.create_task(self._watch())
+        """Takes what comes until the connection ends."""
         decoder: ipc.Decoder[ipc.FromEngine] = ipc.Decoder(ipc.FromEngine)
+
+        def take(data: bytes) -> None:
+            self.last_heard_s = time.monotonic()
+            self._num_silent_checks = 0
+            for message in decoder.feed(data):
+                self._dispatch(message)
+
+        loop = asyncio.get_running_loop()
+        self._connection, conversation = await loop.create_unix_connection(lambda: Conversation(take), sock=connection)
+        watch = asyncio.create_task(self._watch())
         try:
-            while data := await reader.read(READ_BYTES):
-                self.last_heard_s = time.monotonic()
-                self._num_silent_checks = 0
-                for message in decoder.feed(data):
-                    self._dispatch(message)
+            await conversation.ended
         except (ConnectionError, ipc.ProtocolError) as error:
             self._ended_because = self._ended_because or str(error)
         finally:
             watch.cancel()
-            self._writer.close()
-            self._writer = None
+            self._connection.close()
+            self._connection = None
             self._lose()
 
     def _lose(self) -> None:

@@ -118,10 +118,11 @@ class ConstraintCompiler:
         except ipc.ENCODE_ERRORS:
             return Failed(InvalidParameter.code, "the constraint holds text that is not valid Unicode")
         try:
-            return await asyncio.wait_for(worker.ask(frame), self._limits.constraint_timeout_s)
+            async with asyncio.timeout(self._limits.constraint_timeout_s):
+                return await worker.ask(frame)
         except TimeoutError:
             problem = f"compiling the constraint did not finish within {self._limits.constraint_timeout_s:g} s"
-        except (OSError, asyncio.IncompleteReadError, ipc.ProtocolError):
+        except (OSError, ipc.ProtocolError):
             problem = "compiling the constraint needed too much time or memory"
         except BaseException:
             await self._discard()

@@ -6,7 +6,6 @@ Started as `python -m engine.constraints.worker` by `compiler`.
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import sys
@@ -15,14 +14,13 @@ from typing import Any
 
 import msgspec
 
-from engine import ipc
+from engine.child_loop import answer_frames
 from engine.constraints.grammar import compile_constraint
 from engine.constraints.limits import ConstraintLimits
 from engine.constraints.vocabulary import Vocabulary
 from engine.errors import ConfigError, RequestError
 from engine.types import Constraint
 
-READ_BYTES = 1 << 18
 STATUS_FILE = "/proc/self/statm"
 
 
@@ -59,29 +57,26 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 NO_VOCABULARY = "no_vocabulary"
 
 
-def main() -> int:
-    os.umask(0o077)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    messages: ipc.Decoder[Setup | Compile] = ipc.Decoder(Setup | Compile)
-    vocabulary: Vocabulary | None = None
-    setup: Setup | None = None
-    while data := os.read(sys.stdin.fileno(), READ_BYTES):
-        for message in messages.feed(data):
-            if isinstance(message, Setup):
-                setup = message
-                vocabulary, answer = _set_up(setup)
-            elif vocabulary is None or setup is None:
-                answer = Failed(NO_VOCABULARY, "no vocabulary was set up")
-            else:
-                # SIGPROF, which nothing handles, ends the process: the time is its own, however busy the machine is
-                signal.setitimer(signal.ITIMER_PROF, setup.max_cpu_s)
-                answer = _compile(message.constraint, vocabulary, setup.limits)
-                signal.setitimer(signal.ITIMER_PROF, 0.0)
-            try:
-                _write(ipc.encode(answer))
-            except BrokenPipeError:  # the front end is gone, and nobody waits for this
-                return 0
-    return 0
+class Worker:
+    """What the process knows between frames: the vocabulary, once it is set up."""
+
+    def __init__(self) -> None:
+        self._vocabulary: Vocabulary | None = None
+        self._setup: Setup | None = None
+
+    def answer(self, message: Setup | Compile) -> Compiled | Failed:
+        if isinstance(message, Setup):
+            self._setup = message
+            self._vocabulary, answer = _set_up(message)
+            return answer
+        if self._vocabulary is None or self._setup is None:
+            return Failed(NO_VOCABULARY, "no vocabulary was set up")
+        # SIGPROF, which nothing handles, ends the process: the time is its own, however busy the machine is
+        signal.setitimer(signal.ITIMER_PROF, self._setup.max_cpu_s)
+        try:
+            return _compile(message.constraint, self._vocabulary, self._setup.limits)
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
 def _set_up(setup: Setup) -> tuple[Vocabulary | None, Compiled | Failed]:
@@ -109,11 +104,5 @@ def _address_space() -> int:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
-def _write(data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(sys.stdout.fileno(), view) :]
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(answer_frames(Setup | Compile, Worker().answer))

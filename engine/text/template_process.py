@@ -75,12 +75,13 @@ class TemplateProcess:
         async with self._free:
             worker = self._idle.pop() if self._idle else await _start(self._setup)
             try:
-                answer = await asyncio.wait_for(worker.ask(frame), self._timeout_s)
+                async with asyncio.timeout(self._timeout_s):
+                    answer = await worker.ask(frame)
             except TimeoutError:
                 await worker.kill()
                 message = f"the chat template did not finish within {self._timeout_s:g} s"
                 raise TemplateError(message, param="messages") from None
-            except (OSError, asyncio.IncompleteReadError, ipc.ProtocolError):
+            except (OSError, ipc.ProtocolError):
                 await worker.kill()
                 message = "rendering the chat template needed too much memory or ended its process"
                 raise TemplateError(message, param="messages") from None

@@ -6,20 +6,18 @@ Started as `python -m engine.text.template_worker` by `template_process`.
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 
 import msgspec
 
-from engine import ipc
+from engine.child_loop import answer_frames
 from engine.errors import ConfigError, RequestError
 from engine.text.chat_template import ChatTemplate
 from engine.text.rendered import RenderedText
 from engine.types import ChatPrompt
 
 MAX_MEMORY_BYTES = 1 << 30
-READ_BYTES = 1 << 18
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
@@ -47,25 +45,19 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     param: str | None = None
 
 
-def main() -> int:
-    os.umask(0o077)
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    messages: ipc.Decoder[Setup | Render] = ipc.Decoder(Setup | Render)
-    setup: Setup | None = None
-    template: ChatTemplate | None = None
-    while data := os.read(sys.stdin.fileno(), READ_BYTES):
-        for message in messages.feed(data):
-            if isinstance(message, Setup):
-                setup = message
-                template, answer = _set_up(message)
-            else:
-                answer = _render(template, setup, message)
-            try:
-                _write(ipc.encode(answer))
-            except BrokenPipeError:  # the front end is gone, and nobody waits for this
-                return 0
-    return 0
+class Worker:
+    """What the process knows between frames: the server's template, once it is set up."""
+
+    def __init__(self) -> None:
+        self._setup: Setup | None = None
+        self._template: ChatTemplate | None = None
+
+    def answer(self, message: Setup | Render) -> Rendered | Failed:
+        if isinstance(message, Setup):
+            self._setup = message
+            self._template, answer = _set_up(message)
+            return answer
+        return _render(self._template, self._setup, message)
 
 
 def _set_up(setup: Setup) -> tuple[ChatTemplate | None, Rendered | Failed]:
@@ -90,10 +82,9 @@ def _render(template: ChatTemplate | None, setup: Setup | None, request: Render)
         return Failed("InvalidParameter", str(error).partition("; name another")[0], "chat_template")
 
 
-def _write(data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(sys.stdout.fileno(), view) :]
+def main() -> int:
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    return answer_frames(Setup | Render, Worker().answer)
 
 
 if __name__ == "__main__":

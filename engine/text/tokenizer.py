@@ -154,11 +154,9 @@ class Tokenizer:
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """The text of a whole sequence. Bytes that are not UTF-8 become replacement characters."""
-        data = b"".join(
-            self.token_bytes(token_id)
-            for token_id in token_ids
-            if not (skip_special_tokens and token_id in self.special_ids)
-        )
+        if skip_special_tokens:
+            token_ids = [token_id for token_id in token_ids if token_id not in self.special_ids]
+        data = b"".join(map(self.token_bytes, token_ids))
         spaces = self._pieces.leading_spaces
         head = data[:spaces]
         return (data[len(head) - len(head.lstrip(b" ")) :]).decode("utf-8", errors="replace")
