@@ -7,14 +7,13 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from engine.config import Config
-from engine.errors import KvasirError
 from engine.metrics import Metrics
 from engine.version import __version__
 from server import (
@@ -32,8 +31,9 @@ from server.auth import AuthGuard, load_keys, route_path
 from server.batches import routes as batches
 from server.batches.worker import working
 from server.context import ServerContext
+from server.dispatch import DirectRoutes, direct_endpoints
 from server.engine_api import Engine
-from server.errors import ApiError, ClientDisconnected, to_api_error
+from server.errors import EXPECTED, ApiError, ClientDisconnected, to_api_error
 from server.files import routes as files
 from server.files.storage import Storage
 from server.messages import routes as messages
@@ -73,11 +73,13 @@ def create_app(engine: Engine, config: Config, context: ServerContext | None = N
         routers.append(health.metrics_routes(context))
     for router in routers:
         api.include_router(router)
-    context.api = api
-    templates = _declare_routes(routers, context.metrics)
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    templates = _declare_routes(routes, context.metrics)
     openapi.install(api)
-    _handle_errors(api, context, templates)
-    app: ASGIApp = AuthGuard(api, context.keyring, context.metrics)
+    answer = _error_answers(context, templates)
+    _handle_errors(api, answer)
+    context.api = DirectRoutes(api, direct_endpoints(routes), answer)
+    app: ASGIApp = AuthGuard(context.api, context.keyring, context.metrics)
     if config.server.cors_origins:
         # outside of the guard: a browser's preflight carries no key
         app = CORSMiddleware(
@@ -116,35 +118,37 @@ def _lifespan(context: ServerContext) -> Callable[[FastAPI], contextlib.Abstract
     return lifespan
 
 
-def _declare_routes(routers: Sequence[APIRouter], metrics: Metrics) -> list[str]:
+def _declare_routes(routes: Sequence[APIRoute], metrics: Metrics) -> list[str]:
     """Route templates; their metrics exist from now on."""
-    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
     metrics.http.declare((route.path, method) for route in routes for method in route.methods or ())
     return [route.path for route in routes]
 
 
-def _handle_errors(api: FastAPI, context: ServerContext, templates: list[str]) -> None:
+def _error_answers(context: ServerContext, templates: list[str]) -> Callable[[Request, Exception], Response]:
+    """What every exception of a route, or of finding one, becomes."""
     known = set(templates)
 
-    async def answer(request: Request, error: Exception) -> Response:
+    def answer(request: Request, error: Exception) -> Response:
+        path = route_path(request.scope)
+        if isinstance(error, ClientDisconnected):
+            request.state.is_disconnected = True
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        if isinstance(error, HTTPException):
+            return _routing_error(request, error, known).response(path)
         api_error = to_api_error(error, request.state.request_id)
         if api_error.reason is not None:
             context.metrics.http.rejected(api_error.reason)
-        return api_error.response(route_path(request.scope))
+        return api_error.response(path)
 
-    async def http_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return _routing_error(request, error, known).response(route_path(request.scope))
+    return answer
 
-    async def left(request: Request, error: Exception) -> Response:
-        request.state.is_disconnected = True
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    api.add_exception_handler(KvasirError, answer)
-    api.add_exception_handler(ApiError, answer)
-    api.add_exception_handler(HTTPException, http_error)
-    api.add_exception_handler(ClientDisconnected, left)
-    api.add_exception_handler(Exception, answer)  # answered here, then logged by Observe
+def _handle_errors(api: FastAPI, answer: Callable[[Request, Exception], Response]) -> None:
+    async def handle(request: Request, error: Exception) -> Response:
+        return answer(request, error)
+
+    for kind in (*EXPECTED, Exception):  # the last is answered here, then logged by Observe
+        api.add_exception_handler(kind, handle)
 
 
 def _routing_error(request: Request, error: HTTPException, known: set[str]) -> ApiError:

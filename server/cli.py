@@ -1,4 +1,7 @@
-"""The `kvasir` command: serve, batch, chat, complete, bench, version. Translates flags into calls; no more."""
+"""The `kvasir` command: serve, batch, chat, complete, calibrate, frontier, bench, version.
+
+Translates flags into calls; no more.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["bench"]:  # its flags are those of `loadtest.run`
             return _bench(argv[1:])
+        if argv[:1] == ["frontier"]:  # those of `loadtest.frontier`
+            return _frontier(argv[1:])
         arguments = _parser().parse_args(argv)
         return int(arguments.run(arguments))
     except ConfigError as error:
@@ -84,7 +89,23 @@ def _parser() -> argparse.ArgumentParser:
     complete.add_argument("prompt", nargs="*", help="the text; without it, standard input")
     complete.set_defaults(run=_complete)
 
+    calibrate = commands.add_parser(
+        "calibrate",
+        allow_abbrev=False,
+        usage="kvasir calibrate [-h] [--out FILE] [--config FILE] [OPTIONS] [MODEL]",
+        help="measure what cache policies need to know of a model",
+        description="Measure the heads that retrieve (razor_attention) and the layer that finds (gemfilter), and write "
+        "them to one file, by default beside the weights, where `kvasir serve` finds it. Options are those of `kvasir "
+        "serve`.",
+    )
+    calibrate.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
+    calibrate.add_argument("--out", metavar="FILE", help="default: kv_artefacts.json in the model's folder")
+    calibrate.add_argument("--config", metavar="CONFIG", help="TOML file, see configs/")
+    add_flags(calibrate)
+    calibrate.set_defaults(run=_calibrate)
+
     commands.add_parser("bench", help="measure an OpenAI-compatible server")
+    commands.add_parser("frontier", help="measure what cache policies cost in quality, and what they save")
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=lambda arguments: print(__version__) or 0)
@@ -120,6 +141,15 @@ def _batch(arguments: argparse.Namespace) -> int:
     return run(config, Path(arguments.file), Path(arguments.output))
 
 
+def _calibrate(arguments: argparse.Namespace) -> int:
+    config = _config_of(arguments)
+    logs.setup("warning" if config.server.log_level == "info" else config.server.log_level, config.server.log_format)
+    from engine.launch_calibration import calibrate
+
+    print(calibrate(config, None if arguments.out is None else Path(arguments.out)))
+    return 0
+
+
 def _config_of(arguments: argparse.Namespace) -> Config:
     flags: dict[str, Any] = vars(arguments).copy()
     if arguments.positional_model is not None:
@@ -147,6 +177,12 @@ def _client(arguments: argparse.Namespace) -> Any:
         name: value for name in ("max_tokens", "temperature", "seed") if (value := getattr(arguments, name)) is not None
     }
     return Client(arguments.url, arguments.api_key, arguments.model, options)
+
+
+def _frontier(argv: Sequence[str]) -> int:
+    from loadtest.frontier.command import main as frontier
+
+    return frontier(argv)
 
 
 def _bench(argv: Sequence[str]) -> int:

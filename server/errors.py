@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import msgspec
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -92,6 +93,10 @@ class ApiError(Exception):
         content = msgspec.json.encode(self.body(path))
         kind = LingeringResponse if self.close else Response
         return kind(content, status_code=self.status, headers=self.headers, media_type="application/json")
+
+
+# What routes raise on purpose. Anything else is a fault of ours, which the log must tell.
+EXPECTED = (errors.KvasirError, ApiError, HTTPException, ClientDisconnected)
 
 
 class LingeringResponse(Response):

@@ -7,11 +7,12 @@ a stream is what counts, and there an application may write past it, see WRITE_E
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import ClassVar
 
 import h11
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from engine.config import Limits
@@ -27,6 +28,7 @@ class TimedProtocol(H11Protocol):
     """One connection. Use `protocol_class`, which sets the limits."""
 
     limits: ClassVar[Limits]
+    _wrapped: ASGIApp
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
     _stalled_bytes = 0
@@ -37,10 +39,10 @@ class TimedProtocol(H11Protocol):
         self.app = self._run_app
         self._head_timer = self.loop.call_later(self.limits.header_timeout_s, self._head_is_late)
 
-    async def _run_app(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _run_app(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["http_version"] == "1.1":  # older clients get no chunks
             scope["extensions"] = {WRITE_EXTENSION: self._write}
-        await self._wrapped(scope, receive, send)
+        return self._wrapped(scope, receive, send)
 
     def _write(self, data: bytes) -> bool:
         """One chunk of chunked transfer coding, which h11 keeps no state about."""

@@ -83,7 +83,12 @@ class Observe:
         began_at = time.monotonic()
         self._metrics.http.began(route)
         try:
-            await self._answer(scope, receive, send_with_headers)
+            refusal = self._check_head(scope)
+            if refusal is None:
+                await self._app(scope, receive, send_with_headers)
+            else:
+                self._metrics.http.rejected("other")
+                await refusal.response(route_path(scope))(scope, receive, send_with_headers)
         except ClientDisconnected:
             status = CLIENT_CLOSED_REQUEST
         except Exception as error:
@@ -94,14 +99,6 @@ class Observe:
             if scope["state"].get("is_disconnected"):
                 status = CLIENT_CLOSED_REQUEST
             self._metrics.http.ended(route, scope["method"], status or 500, time.monotonic() - began_at)
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._check_head(scope)
-        if refusal is not None:
-            self._metrics.http.rejected("other")
-            await refusal.response(route_path(scope))(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
 
     def _check_head(self, scope: Scope) -> ApiError | None:
         limits = self._limits

@@ -1,6 +1,7 @@
-"""The OpenAPI document: which model each route's body is parsed into, with an example; built from the real models.
+"""The OpenAPI document: what each route takes, with an example, and what it answers; bodies from the real models.
 
-Routes read their bodies themselves, so FastAPI cannot see them. To document a new route, add a line to BODIES.
+Routes read bodies and queries themselves, so FastAPI cannot see them. To document a new route, add a line to BODIES,
+one to QUERIES when it reads its query, and one to `answers.ANSWERS`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
@@ -18,15 +20,28 @@ from server import (
     schemas,
     tokenize,
 )
+from server.answers import ANSWERS
+from server.anthropic_errors import is_anthropic
 from server.batches import routes as batches
 from server.fields import Body
+from server.files import paging
+from server.files import routes as files
 from server.messages import schema as messages_schema
 from server.pooling import schemas as pooling_schemas
+from server.responses import routes as responses
 from server.responses import schema as responses_schema
 
-_REF = "#/components/schemas/{}"
-_STREAMS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
-_PLAIN_TEXT = frozenset({"/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+_REF = "#/components/schemas/{name}"
+_STREAMS = frozenset(
+    {
+        *((path, "post") for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")),
+        ("/v1/responses/{response_id}", "get"),
+    }
+)
+_CONTENT_TYPES = {
+    **dict.fromkeys(("/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"), "text/plain"),
+    "/v1/files/{file_id}/content": "application/octet-stream",
+}
 _HELLO = [{"role": "user", "content": "Say hello."}]
 
 
@@ -72,6 +87,37 @@ BODIES: dict[str, Doc] = {
     "/admin/cache/pin": _doc(cache_admin.PinRequest, prompt="You are a helpful assistant.", ttl_s=3600),
     "/admin/cache/unpin": _doc(cache_admin.UnpinRequest, pin_id="pin-0123456789abcdef01234567"),
     "/admin/cache/clear": _doc(cache_admin.PrefixFields, cache_salt="project-a"),
+}
+
+_ORDER = {"type": "string", "enum": ["asc", "desc"], "default": "desc"}
+_ID = {"type": "string", "minLength": 1, "maxLength": paging.MAX_TEXT}
+
+
+def _limit(high: int, default: int) -> dict[str, Any]:
+    return {"type": "integer", "minimum": 1, "maximum": high, "default": default}
+
+
+# what routes read from their query: path -> method -> name -> schema
+QUERIES: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
+    "/v1/files": {
+        "get": {"purpose": _ID, "after": _ID, "limit": _limit(files.MAX_PAGE, files.MAX_PAGE), "order": _ORDER}
+    },
+    "/v1/batches": {"get": {"after": _ID, "limit": _limit(batches.MAX_PAGE, batches.DEFAULT_PAGE)}},
+    "/v1/responses/{response_id}": {
+        "get": {
+            "stream": {"type": "boolean", "default": False},
+            "starting_after": {"type": "integer", "minimum": 0, "maximum": responses.MAX_SEQUENCE_NUMBER},
+        }
+    },
+    "/v1/responses/{response_id}/input_items": {
+        "get": {"after": _ID, "limit": _limit(responses.MAX_PAGE, responses.DEFAULT_PAGE), "order": _ORDER}
+    },
+    "/sleep": {
+        "post": {
+            "level": {"type": "string", "enum": list(admin.SLEEP_LEVELS), "default": admin.SLEEP_LEVELS[0]},
+            "mode": {"type": "string", "enum": list(admin.SLEEP_MODES), "default": admin.SLEEP_MODES[0]},
+        }
+    },
 }
 # POST routes that take none
 WITHOUT_BODY = frozenset(
@@ -145,7 +191,7 @@ def install(api: FastAPI) -> None:
 def document(api: FastAPI) -> dict[str, Any]:
     """The routes as FastAPI knows them, with bodies, answers, errors and keys."""
     built: dict[str, Any] = get_openapi(title=api.title, version=api.version, routes=api.routes)
-    components = {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}
+    components = {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR, **_answer_components()}
     for path, operations in built["paths"].items():
         for method, operation in operations.items():
             doc = BODIES.get(path) if method == "post" else None
@@ -154,7 +200,12 @@ def document(api: FastAPI) -> dict[str, Any]:
             elif method == "post" and path in UPLOADS:
                 form = {"multipart/form-data": {"schema": UPLOADS[path]}}
                 operation["requestBody"] = {"required": True, "content": form}
-            operation["responses"] = _responses(path)
+            if (query := QUERIES.get(path, {}).get(method)) is not None:
+                in_path = [given for given in operation.get("parameters", ()) if given["in"] == "path"]
+                operation["parameters"] = in_path + [
+                    {"name": name, "in": "query", "required": False, "schema": schema} for name, schema in query.items()
+                ]
+            operation["responses"] = _responses(path, method)
     built["components"] = {
         "schemas": components,
         "securitySchemes": {
@@ -168,7 +219,7 @@ def document(api: FastAPI) -> dict[str, Any]:
 
 def _request_body(doc: Doc, components: dict[str, Any]) -> dict[str, Any]:
     names = [_add_model(model, components) for model in doc.models]
-    refs = [{"$ref": _REF.format(name)} for name in names]
+    refs = [{"$ref": _REF.format(name=name)} for name in names]
     schema = refs[0] if len(refs) == 1 else {"anyOf": refs}
     return {
         "required": doc.is_required,
@@ -179,7 +230,7 @@ def _request_body(doc: Doc, components: dict[str, Any]) -> dict[str, Any]:
 def _add_model(model: type[Body], components: dict[str, Any]) -> str:
     """Parts are named after the whole: models of different routes may share a name."""
     name = model.__name__
-    schema = model.model_json_schema(ref_template=_REF.format(f"{name}.{{model}}"))
+    schema = model.model_json_schema(ref_template=_REF.format(name=f"{name}.{{model}}"))
     for part, definition in schema.pop("$defs", {}).items():
         components[f"{name}.{part}"] = definition
     for (owner, prop), form in _FORMS.items():
@@ -189,14 +240,21 @@ def _add_model(model: type[Body], components: dict[str, Any]) -> str:
     return name
 
 
-def _responses(path: str) -> dict[str, Any]:
-    error = "AnthropicError" if path.startswith("/v1/messages") else "Error"
-    kind = "text/plain" if path in _PLAIN_TEXT else "application/json"
-    schema = {"type": "string"} if path in _PLAIN_TEXT else {"type": "object"}
+def _answer_components() -> dict[str, Any]:
+    _, components = msgspec.json.schema_components(set(ANSWERS.values()), ref_template=_REF)
+    return components
+
+
+def _responses(path: str, method: str) -> dict[str, Any]:
+    error = "AnthropicError" if is_anthropic(path) else "Error"
+    kind = _CONTENT_TYPES.get(path, "application/json")
+    schema: dict[str, Any] = {"type": "object" if kind == "application/json" else "string"}
+    if (answer := ANSWERS.get((path, method))) is not None:
+        schema = {"$ref": _REF.format(name=answer.__name__)}
     content: dict[str, Any] = {kind: {"schema": schema}}
-    if path in _STREAMS:
+    if (path, method) in _STREAMS:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    failure = {"content": {"application/json": {"schema": {"$ref": _REF.format(error)}}}}
+    failure = {"content": {"application/json": {"schema": {"$ref": _REF.format(name=error)}}}}
     return {
         "200": {"description": "The answer", "content": content},
         "4XX": {"description": "The request is refused", **failure},

@@ -21,7 +21,7 @@ from server.files.store import UPLOADED
 from server.http_responses import json_response
 from server.validation import validated
 
-MAX_PAGE = 100
+MAX_PAGE, DEFAULT_PAGE = 100, 20
 WINDOW = re.compile(r"([1-9][0-9]{0,4})([smh])")
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 MAX_WINDOW_S = 24 * 3600
@@ -80,7 +80,7 @@ def routes(context: ServerContext) -> APIRouter:
 
     @router.get("/v1/batches")
     async def list_batches(request: Request) -> Response:
-        limit = page_number(request, MAX_PAGE, default=20)
+        limit = page_number(request, MAX_PAGE, default=DEFAULT_PAGE)
         batches, has_more = await storage_of(context).batches.page(
             request.state.tenant, after=text_of(request, "after"), limit=limit
         )

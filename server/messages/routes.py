@@ -32,7 +32,7 @@ def routes(context: ServerContext) -> APIRouter:
         shows_thinking = fields.thinking is None or fields.thinking.display != "omitted"
         writer = MessageWriter(job, shows_thinking=shows_thinking)
         if fields.stream:
-            return await stream_answer(context, [job.request], request, writer, writer)
+            return await stream_answer(context, [job.request], request, writer, writer, answer_id=writer.answer_id)
         return json_response(writer.whole(await collect(context, job, request.receive)))
 
     @router.post("/v1/messages/count_tokens")

@@ -32,8 +32,9 @@ class MessageWriter(Wording):
         self._texts: list[str] = []  # of the open block
         self._call_index: int | None = None
         self._last: ChoiceEvent | None = None
+        self.answer_id = f"msg_{secrets.token_hex(12)}"
         self._message: dict[str, Any] = {
-            "id": f"msg_{secrets.token_hex(12)}",
+            "id": self.answer_id,
             "type": "message",
             "role": "assistant",
             "model": job.model,

@@ -31,6 +31,7 @@ async def run_in_background(
 ) -> asyncio.Task[None]:
     """Starts the job and returns. Raises what the gate raises: the work counts as in flight for its key."""
     generation = Generation(context, [job.request], _never)
+    generation.labels.add(entry.id)
     await generation.__aenter__()
     entry.running = generation
     writer.queue(entry.frames)

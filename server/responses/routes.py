@@ -22,7 +22,8 @@ from server.responses.writer import ResponseWriter
 from server.sse import stream_answer
 from server.validation import validated
 
-MAX_PAGE = 100
+MAX_PAGE, DEFAULT_PAGE = 100, 20
+MAX_SEQUENCE_NUMBER = 2**31
 
 
 def routes(context: ServerContext) -> APIRouter:
@@ -51,7 +52,9 @@ def routes(context: ServerContext) -> APIRouter:
             return LogStream(entry, 0, config.server.sse_ping_s) if fields.stream else json_response(entry.response)
         if fields.stream:
             with renamed(NAMES, whole=WHOLE):
-                return await stream_answer(context, [job.request], request, writer, writer)
+                return await stream_answer(
+                    context, [job.request], request, writer, writer, answer_id=writer.response["id"]
+                )
         with renamed(NAMES, whole=WHOLE):
             events = await collect(context, job, request.receive)
         for event in events:
@@ -76,7 +79,7 @@ def routes(context: ServerContext) -> APIRouter:
                 "only a response that was created with background: true and stream: true can be streamed again",
                 param="stream",
             )
-        after = _number(request, "starting_after", low=0, high=2**31, default=-1)
+        after = _number(request, "starting_after", low=0, high=MAX_SEQUENCE_NUMBER, default=-1)
         return LogStream(entry, after + 1, config.server.sse_ping_s)
 
     @router.delete("/v1/responses/{response_id}")
@@ -148,7 +151,7 @@ def _page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
         if not places:
             raise InvalidParameter("after must be the id of an item of this response", param="after")
         items = items[places[0] + 1 :]
-    limit = _number(request, "limit", low=1, high=MAX_PAGE, default=20)
+    limit = _number(request, "limit", low=1, high=MAX_PAGE, default=DEFAULT_PAGE)
     page = items[:limit]
     return {
         "object": "list",

@@ -174,8 +174,8 @@ def test_jumping_ahead_gives_the_same_tokens_in_fewer_steps(
         found.append([without_end(answers[request.request_id, 0], model) for request in requests])
         num_steps.append(sum(core.stats().num_steps.values()))
     assert found[0] == found[1]
-    # in larger batches only long runs of forced tokens are worth a jump
-    assert num_steps[0] < (0.8 if num_requests == 1 else 1.0) * num_steps[1], num_steps
+    # in a larger batch what is forced shows a token later
+    assert num_steps[0] < (0.8 if num_requests == 1 else 0.9) * num_steps[1], num_steps
 
 
 def test_forced_tokens_stop_at_max_tokens_and_at_the_end_of_the_context(

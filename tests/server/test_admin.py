@@ -5,13 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 
 from engine.config import RuntimeConfig
 from tests.fakes_engine import FakeEngine
-from tests.server.support import CHAT, HELLO, KEY, OTHER_KEY, App, app, error_of, events, eventually, make_config
+from tests.server.support import (
+    CHAT,
+    COMPLETIONS,
+    HELLO,
+    KEY,
+    OTHER_KEY,
+    App,
+    app,
+    error_of,
+    events,
+    eventually,
+    make_config,
+)
 
 ADMIN = {"Authorization": f"Bearer {OTHER_KEY}"}
 USER = {"Authorization": f"Bearer {KEY}"}
@@ -158,3 +171,32 @@ async def test_a_beginning_of_token_ids_can_be_pinned() -> None:
         assert answer.json()["pin_id"] == "pin-1"
         assert engine.controlled[-1][1]["token_ids"] == [1, 2]
         assert error_of(await server.post("/admin/cache/pin", {"token_ids": [-1]}))["param"] == "token_ids"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "prefix"),
+    [
+        ("/v1/responses", {"input": "hi", "stream": True}, "resp_"),
+        ("/v1/responses", {"input": "hi", "background": True}, "resp_"),
+        ("/v1/messages", {"model": "fake", "max_tokens": 1000, "stream": True, **HELLO}, "msg_"),
+        (COMPLETIONS, {"prompt": "hi", "max_tokens": 1000, "stream": True}, "cmpl-"),
+    ],
+)
+async def test_an_answer_of_every_api_is_aborted_by_its_id(path: str, fields: dict[str, Any], prefix: str) -> None:
+    engine = FakeEngine(["x"] * 1000, delay_s=0.005, max_model_len=2000)
+    async with app(engine) as server:
+        answering = asyncio.create_task(server.post(path, fields))
+        await eventually(lambda: engine.num_yielded > 3)
+        (work,) = server.context.gate._active
+        (answer_id,) = (label for label in work.labels if label.startswith(prefix))
+        assert (await server.post("/abort_requests", {"request_ids": [answer_id]})).json()["aborted"] == 1
+        await eventually(lambda: server.context.gate.num_in_flight == 0)
+        answer = await answering
+        if fields.get("background"):
+            assert answer.json()["id"] == answer_id
+            ended = (await server.http.get(f"/v1/responses/{answer_id}")).json()
+            assert ended["status"] == "failed"
+        else:
+            assert answer_id in answer.text
+            assert "aborted" in answer.text or "ended by an operator" in answer.text
+        assert engine.num_active == 0

@@ -1,4 +1,4 @@
-"""What a streamed token costs the front end, in calls of Python functions: a count, so that no clock is needed.
+"""What a request and a streamed token cost the front end, in calls of Python functions: a count, so no clock is needed.
 
 `python -m loadtest.front_end` measures the same path in seconds, over real sockets and with a real engine process.
 """
@@ -25,7 +25,8 @@ from server.http_protocol import protocol_class
 from tests.server.support import CHAT, eventually
 
 FIRST_TOKEN = 300
-MAX_CALLS_PER_TOKEN = 95  # resumed frames of the waiting application count too: about 30 of them
+MAX_CALLS_PER_TOKEN = 75  # resumed frames of the waiting application count too: about 12 of them
+MAX_CALLS_PER_REQUEST = 1200
 
 
 class Transport(asyncio.Transport):
@@ -156,6 +157,18 @@ async def test_a_token_costs_few_calls_however_many_streams_there_are() -> None:
         await front_end.engine.stop(0)
     assert per_token[32] < MAX_CALLS_PER_TOKEN
     assert per_token[32] <= per_token[4]
+
+
+async def test_a_request_costs_few_calls_to_its_first_token() -> None:
+    front_end = FrontEnd()
+    await front_end.start()
+    await front_end.connect(1)  # what is made once is made now
+    front_end.sent.clear()
+    with counted_calls() as count:
+        await front_end.connect(32)
+    assert all(b'"delta":{"content"' in b"".join(transport.written) for transport in front_end.transports)
+    await front_end.engine.stop(0)
+    assert count[0] / 32 < MAX_CALLS_PER_REQUEST
 
 
 async def test_tokens_that_wait_share_an_event_and_none_is_held_back() -> None:
