@@ -102,10 +102,12 @@ def _kv_usage(request: Request, block_bytes: int) -> KVUsage | None:
     if policy is None:
         return None
     num_shared = 0 if request.is_compressed else request.num_published_blocks
+    num_packed = request.num_dropped - request.num_evicted
+    num_slots = max(table.num_slots for table in request.tables) + num_packed
     return KVUsage(
         policy=policy.plan.policy,
-        peak_slots=request.peak_slots,
-        steady_slots=max(table.num_slots for table in request.tables) + request.num_dropped - request.num_evicted,
+        peak_slots=max(request.peak_slots, num_slots),
+        steady_slots=num_slots,
         evicted_tokens=request.num_evicted,
         merged_tokens=request.num_merged,
         released_bytes=request.num_blocks_released * block_bytes,

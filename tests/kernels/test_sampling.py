@@ -407,3 +407,22 @@ def test_wrong_arguments_are_refused_with_shape_and_type():
         sampling.log_probs_of(logits, keys, 6)
     with pytest.raises(ValueError, match=r"mask must be contiguous int32 \(2, 1\)"):
         sampling.apply_token_bitmask(logits, torch.zeros(2, 2, dtype=torch.int32))
+
+
+def test_probabilities_are_those_of_what_the_filters_leave() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(4, 50, generator=generator)
+    temperature = torch.tensor([0.5, 1.0, 1.0, 2.0])
+    top_k = torch.tensor([0, 3, 0, 0])
+    top_p = torch.tensor([1.0, 1.0, 0.6, 1.0])
+    p = sampling.probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    assert torch.allclose(p[0], (logits[0].double() / 0.5).softmax(0))
+    best = logits[1].topk(3)
+    assert torch.allclose(p[1, best.indices], best.values.double().softmax(0))
+    assert int((p[1] > 0).sum()) == 3
+    ordered = logits[2].double().softmax(0).sort(descending=True).values
+    kept = int((ordered.cumsum(0) < 0.6).sum()) + 1
+    assert torch.allclose(p[2].sort(descending=True).values[:kept], ordered[:kept] / ordered[:kept].sum())
+    assert torch.allclose(p.sum(1), torch.ones(4, dtype=torch.float64))
+    logits[0, 7] = float("nan")
+    assert bool(sampling.probabilities(logits, temperature=temperature)[0].isnan().all())
