@@ -46,6 +46,7 @@ class CostCurve:
         levels = isotonic([seconds for _, seconds, _ in points], [weight for _, _, weight in points])
         self._rows = [rows for rows, _, _ in points]
         self._seconds = levels
+        self._rows_array, self._seconds_array = np.array(self._rows), np.array(levels)  # lists cost ten times as much
         if len(points) == 1:
             self._slope_after = levels[0] / _ASSUMED_ROWS
         else:
@@ -55,12 +56,19 @@ class CostCurve:
     def __call__(self, num_rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Rows [n] -> seconds [n]."""
         beyond = np.maximum(num_rows - self._rows[-1], 0.0)
-        found: NDArray[np.float64] = np.interp(num_rows, self._rows, self._seconds) + self._slope_after * beyond
-        return found
+        known: NDArray[np.float64] = np.interp(num_rows, self._rows_array, self._seconds_array)
+        return known + self._slope_after * beyond
 
     def at(self, num_rows: int) -> float:
-        """The same for one number."""
-        return float(self(np.array([num_rows]))[0])
+        """The same for one number, without arrays."""
+        rows, seconds = self._rows, self._seconds
+        place = bisect_left(rows, num_rows)
+        if place == 0:
+            return seconds[0]
+        if place == len(rows):
+            return seconds[-1] + self._slope_after * (num_rows - rows[-1])
+        share = (num_rows - rows[place - 1]) / (rows[place] - rows[place - 1])
+        return seconds[place - 1] + share * (seconds[place] - seconds[place - 1])
 
     def _slope(self, first: int, last: int = -1) -> float:
         return (self._seconds[last] - self._seconds[first]) / (self._rows[last] - self._rows[first])

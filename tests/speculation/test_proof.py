@@ -12,6 +12,7 @@ from engine.mimir import model_path
 from engine.models import load_model
 from engine.models.batch import Model
 from engine.speculation.catalogue import drafters
+from engine.speculation.manager import FixedBudget
 from engine.text.tokenizer import Tokenizer
 from engine.types import EngineRequest
 from tests.e2e.driving import Answer, core_for, request, run, tokens
@@ -63,10 +64,12 @@ def run_in_turns(
     model: Model, requests: list[EngineRequest], *, num_blocks: int, budget: int
 ) -> dict[tuple[str, int], Answer]:
     core = core_for(model, num_blocks=num_blocks, budget=budget, max_model_len=240)
+    core.speculation._budget = FixedBudget(64)  # guesses whether it pays off or not
     answers: dict[tuple[str, int], Answer] = {}
     for first in range(0, len(requests), 50):
         answers.update(run(core, requests[first : first + 50]))
     assert core.scheduler.cache.pool.counts.active == 0
+    assert core.scheduler.draft_counters.num_steps > 2000 or all(one.speculative is None for one in requests)
     return answers
 
 
