@@ -44,9 +44,10 @@ def calibrate(model: Model, digest: str, bos: int | None, needles: Sequence[Need
     echo, induction = head_scores(model, bos, seed)
     spec = model.spec
     recall = filter_recall(model, needles) if needles else None
-    # of layers that find about as much the first: fewer layers then run over the whole prompt
-    found = () if recall is None or not recall.any() else (recall >= ENOUGH * recall.max()).nonzero()
-    best = int(found[0]) if len(found) else None
+    best = None
+    if recall is not None and recall.any():
+        # of layers that find about as much the first: fewer layers then run over the whole prompt
+        best = int((recall >= ENOUGH * recall.max()).nonzero()[0])
     return Artefacts(
         model=digest,
         num_layers=spec.num_layers,

@@ -75,6 +75,8 @@ class PolicyRows:
         if new.policy is None:
             return
         policy = cast(Policy, new.policy.policy)
+        if new.policy.plan.first_point is None and not isinstance(policy, Quest | RaaS):
+            return  # its cache stays as it is
         self._states[new.row] = RowState(policy, new.policy.plan, new.num_prompt_tokens, new.sampling.seed)
         if isinstance(policy, Quest | RaaS):
             self._bounded.add(new.row, policy, new.num_prompt_tokens)

@@ -20,8 +20,9 @@ from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.cache_control import CacheControl
 from engine.scheduling.cache_manager import CacheManager
 from engine.scheduling.compression import PolicyResolver, ResolvedPolicy
+from engine.scheduling.counters import Counters, report
 from engine.scheduling.deadlines import Deadlines
-from engine.scheduling.drafts import DraftCounters, Progress, count_draft, fitting_draft
+from engine.scheduling.drafts import Progress, count_draft, fitting_draft
 from engine.scheduling.outputs import Ending, append_tokens, collect_prompt_logprobs, make_output, make_pooled_output
 from engine.scheduling.plan import Chunk, ChunkResult, NewRow, StepPlan, StepResult
 from engine.scheduling.preemption import choose_victim
@@ -44,18 +45,6 @@ class _Draft:
     new_rows: list[NewRow] = field(default_factory=list)
     table_edits: list[tuple[int, int, int]] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Counters:
-    """They only grow; see EngineStats."""
-
-    num_preemptions: int = 0
-    prompt_tokens_computed: int = 0
-    prompt_tokens_cached: int = 0
-    generation_tokens: int = 0
-    aborted_tokens: int = 0
-    compression: dict[str, CompressionCounts] = field(default_factory=dict)  # by policy
 
 
 class Scheduler:
@@ -107,7 +96,6 @@ class Scheduler:
         self._pressure = pressure
         self._speculation = speculation
         self.progress: list[Progress] = []  # of the requests that speculate, in the step committed last
-        self.draft_counters = DraftCounters()
         self._block_bytes = block_bytes
         self.roster = Roster()
         self.limits = config
@@ -121,7 +109,7 @@ class Scheduler:
         self._in_flight: StepPlan | None = None
         self._left_in_flight: list[Request] = []
         self._outputs: list[TokenOutput] = []
-        self._counters = _Counters()
+        self._counters = Counters()
 
     @property
     def has_work(self) -> bool:
@@ -271,35 +259,14 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """Counters and gauges, without the step times, which the core knows."""
-        counts, counters, drafts = self.cache.pool.counts, self._counters, self.draft_counters
-        prefix = self.cache.prefix_stats
-        return EngineStats(
-            num_running=len(self.roster.running),
-            num_waiting=self.roster.num_waiting,
-            waiting_tokens=self.roster.queue.num_tokens,
-            oldest_waiting_s=self._oldest_waiting_s(self._clock()),
-            blocks_free=counts.free,
-            blocks_active=counts.active + counts.pinned,
-            blocks_cached=counts.cached,
-            num_preemptions=counters.num_preemptions,
-            compression=counters.compression,
-            num_shrunk=0 if self._pressure is None else self._pressure.num_shrunk,
-            prompt_tokens_computed=counters.prompt_tokens_computed,
-            prompt_tokens_cached=counters.prompt_tokens_cached,
-            generation_tokens=counters.generation_tokens,
-            prefix_queries=prefix.queries,
-            prefix_hits=prefix.hits,
-            prefix_queried_tokens=prefix.queried_tokens,
-            prefix_hit_tokens=prefix.hit_tokens,
-            prefix_evicted_blocks=sum(prefix.evicted_blocks.values()),
-            aborted_tokens=counters.aborted_tokens,
-            spec_steps=drafts.num_steps,
-            spec_emitted=drafts.num_emitted,
-            spec_drafted=dict(drafts.drafted),
-            spec_accepted=dict(drafts.accepted),
-            spec_reached_at_depth=list(drafts.reached_at_depth),
-            spec_accepted_at_depth=list(drafts.accepted_at_depth),
-        )
+        gauges = {
+            "num_running": len(self.roster.running),
+            "num_waiting": self.roster.num_waiting,
+            "waiting_tokens": self.roster.queue.num_tokens,
+            "oldest_waiting_s": self._oldest_waiting_s(self._clock()),
+            "num_shrunk": 0 if self._pressure is None else self._pressure.num_shrunk,
+        }
+        return report(self._counters, self.cache.pool.counts, self.cache.prefix_stats, gauges)
 
     # ---- building a step
 
@@ -535,7 +502,7 @@ class Scheduler:
             self.cache.advance(request, min(len(outcome.accepted), num_new_tokens))
             self.cache.trim(request)
             self.cache.publish(request)
-            count_draft(request, chunk.draft, outcome.accepted, num_new_tokens, self.draft_counters)
+            count_draft(request, chunk.draft, outcome.accepted, num_new_tokens, self._counters.drafts)
         if request.speculating is not None:
             self.progress.append(Progress(request, chunk.draft, outcome.accepted, num_new_tokens, outcome.taps))
 

@@ -56,8 +56,9 @@ class CostCurve:
     def __call__(self, num_rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Rows [n] -> seconds [n]."""
         beyond = np.maximum(num_rows - self._rows[-1], 0.0)
-        known: NDArray[np.float64] = np.interp(num_rows, self._rows_array, self._seconds_array)
-        return known + self._slope_after * beyond
+        known = np.interp(num_rows, self._rows_array, self._seconds_array)
+        found: NDArray[np.float64] = known + self._slope_after * beyond
+        return found
 
     def at(self, num_rows: int) -> float:
         """The same for one number, without arrays."""

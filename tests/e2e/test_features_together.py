@@ -1,4 +1,4 @@
-"""Every feature of the API with speculation and with a compressed cache, on a real server: speculation changes nothing."""
+"""Every feature of the API with speculation and a compressed cache, on a real server: speculation changes nothing."""
 
 from __future__ import annotations
 

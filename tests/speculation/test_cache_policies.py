@@ -56,5 +56,5 @@ def test_a_compressed_cache_and_drafts_give_what_the_cache_gives_alone(
     assert tokens(run(core, speculating(traffic(name), 10))) == expected
     check_invariants(core.scheduler)
     assert core.scheduler.cache.pool.counts.active == 0
-    steps = core.scheduler.draft_counters.num_steps
+    steps = core.scheduler.stats().spec_steps
     assert steps > (10 if name in WITH_DRAFTS else 2)  # the request without a policy always speculates

@@ -69,7 +69,7 @@ def run_in_turns(
     for first in range(0, len(requests), 50):
         answers.update(run(core, requests[first : first + 50]))
     assert core.scheduler.cache.pool.counts.active == 0
-    assert core.scheduler.draft_counters.num_steps > 2000 or all(one.speculative is None for one in requests)
+    assert core.scheduler.stats().spec_steps > 2000 or all(one.speculative is None for one in requests)
     return answers
 
 
