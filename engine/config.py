@@ -89,8 +89,8 @@ class CacheConfig:
     )
     pressure_policy: str = option(
         "",
-        "when memory runs short, shrink caches of requests that may, with this policy, before preempting anybody; given "
-        "like kv_policy; default: never",
+        "when memory runs short, shrink caches of requests that may, with this policy, before anybody is preempted; "
+        "given like kv_policy, default: never",
     )
     max_pinned_blocks: int = option(
         0, "blocks that operators may pin in the prefix cache; requests cannot count on them", low=0
