@@ -158,7 +158,7 @@ def test_usage_counts_what_was_packed_and_released(mimir: Model) -> None:
     core.add(request("r", 100, 0, FORMATS["int8"], max_tokens=10))
     kv = _last(core).kv
     assert kv is not None
-    assert (kv.policy, kv.peak_slots, kv.steady_slots, kv.evicted_tokens) == ("int8", 100, 109, 0)
+    assert (kv.policy, kv.peak_slots, kv.steady_slots, kv.evicted_tokens) == ("int8", 109, 109, 0)
     block_bytes = core.runner.cache.k[0].nbytes + core.runner.cache.v[0].nbytes
     # of 13 blocks of the prompt 11 are packed into 3, and another one after 8 more tokens
     assert kv.private_bytes == (3 + 2) * block_bytes
