@@ -34,6 +34,7 @@ from engine.errors import (
     TemplateError,
     UnsupportedParameter,
 )
+from engine.prompts import MAX_INLINE_CHARS
 from engine.recovery import PoisonedRequest
 from engine.types import ChatPrompt, EngineStats, GenerationRequest, SamplingParams, TextOutput
 from tests.fake_engine_process import EOS, MAX_MODEL_LEN, POISON, VOCAB_SIZE
@@ -283,12 +284,13 @@ async def test_tokenizing_has_a_time_limit_and_holds_nobody_up(start: Start, mon
     encode = tokenizer.encode
 
     def slow_encode(text: str, **options: Any) -> list[int]:
-        if text == "slow":
+        if text == long:
             time.sleep(0.6)
         return encode(text, **options)
 
     monkeypatch.setattr(tokenizer, "encode", slow_encode)
-    slow = asyncio.create_task(collect(engine, request("slow")))
+    long = "slow " * MAX_INLINE_CHARS  # shorter ones are done at once, in less time than a thread takes to start
+    slow = asyncio.create_task(collect(engine, request(long)))
     await asyncio.sleep(0.05)
     assert len(await collect(engine, request("quick"))) == 1
     with pytest.raises(PromptTooLong, match=r"0\.2 s"):
