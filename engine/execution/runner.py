@@ -83,8 +83,9 @@ class ModelRunner:
         if order is None and not filtering:
             return self._run(plan.chunks)
         order = [i for i in order or range(len(plan.chunks)) if not plan.chunks[i].filters]
-        result = self._run([plan.chunks[i] for i in order]) if order else StepResult()
+        # first what records no token: when it raises, nothing has been recorded that would be recorded again
         filtered = self._filter([plan.chunks[i] for i in filtering]) if filtering else []
+        result = self._run([plan.chunks[i] for i in order]) if order else StepResult()
         in_plan = sorted(zip(order + filtering, [*result.chunks, *filtered], strict=True), key=lambda pair: pair[0])
         return StepResult(chunks=tuple([chunk for _, chunk in in_plan]), sampler_s=result.sampler_s)
 

@@ -124,3 +124,29 @@ def test_an_abort_in_the_first_pass_leaks_nothing(mimir: Model) -> None:
     assert not core.has_work
     check_invariants(core.scheduler)
     assert core.scheduler.cache.pool.counts.active == 0
+
+
+def test_a_first_pass_that_fails_ends_its_own_request_and_counts_nobodys_tokens_twice(
+    mimir: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Penalties count what was generated: a step that is run again must not have counted it before."""
+    counting = request("whole", 60, 2, None, frequency_penalty=2.0, repetition_penalty=1.5)
+    expected = run_checked(core_of(mimir), [counting])["whole", 0].token_ids
+
+    def choose(self: GemFilter, logits: torch.Tensor) -> torch.Tensor | None:
+        raise RuntimeError("no idea")
+
+    monkeypatch.setattr(GemFilter, "choose", choose)
+    core = core_of(mimir)
+    core.add(counting)
+    core.step()
+    core.step()
+    core.add(request("long", 100, 1, POLICY))
+    found: list[int] = []
+    while core.has_work:
+        for output in core.step():
+            if output.request_id == "whole":
+                found += output.token_ids
+            else:
+                assert output.finish_reason == "error"
+    assert found[-14:] == expected[-14:]
