@@ -333,7 +333,7 @@ async def test_cancelling_frees_the_core_from_every_state(start: Start, monkeypa
 async def test_a_full_queue_answers_at_once_with_the_time_to_come_back(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("KVASIR_FAKE_STEP_S", "0.5")
+    monkeypatch.setenv("KVASIR_FAKE_STEP_S", "1")
     engine = await start(scheduler=SchedulerConfig(max_num_seqs=2, max_waiting_requests=4))
     running = [asyncio.create_task(collect(engine, request(max_tokens=1))) for _ in range(6)]
     await until(lambda: len(engine._streams) == 6)
@@ -342,7 +342,7 @@ async def test_a_full_queue_answers_at_once_with_the_time_to_come_back(
         with pytest.raises(QueueFull) as caught:
             await collect(engine, request())
         assert 1 <= caught.value.retry_after_s <= 30
-    assert time.monotonic() - started < 0.5, "not one step"
+    assert time.monotonic() - started < 1, "not one step"
     assert all(await asyncio.gather(*running)), "nothing that was admitted is dropped"
     await collect(engine, request(max_tokens=1))
 

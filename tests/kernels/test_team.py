@@ -47,6 +47,10 @@ def test_callers_on_several_threads_each_get_their_own_result(linear: PackedLine
 def test_helpers_sleep_when_there_is_nothing_to_do(linear: PackedLinear) -> None:
     linear(inputs(0))
     time.sleep(0.05)  # they spin for some microseconds first
-    before = time.process_time()
-    time.sleep(0.3)
-    assert time.process_time() - before < 0.05
+
+    def processor_seconds() -> float:
+        before = time.process_time()
+        time.sleep(0.3)
+        return time.process_time() - before
+
+    assert min(processor_seconds() for _ in range(3)) < 0.05  # other threads of this process may work now and then
