@@ -1,6 +1,8 @@
 """Keep every token, the older ones in fewer bits: fp8, int8, and KIVI's 4 and 2 bits, in packed blocks.
 
 Source: KIVI, Liu et al. 2024, arXiv:2402.02750; what the formats are stands in `kernels.packed_blocks`.
+Differs: KIVI's keys go through a Hadamard transform first, and queries with them (QuaRot, Ashkboos et al. 2024,
+arXiv:2404.00456); on Mimir's needles that takes back what 4 bits lose. `rotate: false` is KIVI itself.
 Decided: blocks are packed whole, all but the newest full one at the prompt's end and then one per block of tokens; so
 between one and three blocks of the newest tokens stay as they are. Keys per channel over one block; values are packed
 with their keys, where KIVI moves them token by token.
@@ -83,6 +85,7 @@ class Kivi(PackedPolicy):
     """Older tokens in 4 or 2 bits: keys per channel, values per token."""
 
     bits: int = option(4, int, "bits of a code: 4 or 2", at_least=2, at_most=4)
+    rotate: bool = option(True, bool, "keys are mixed by a Hadamard transform before they are coded")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,4 +94,6 @@ class Kivi(PackedPolicy):
 
     @property
     def format(self) -> PackedFormat:
+        if self.rotate:
+            return "kivi4_rotated" if self.bits == 4 else "kivi2_rotated"
         return "kivi4" if self.bits == 4 else "kivi2"

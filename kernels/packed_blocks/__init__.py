@@ -14,6 +14,8 @@ group). Of these, a code with the wrong bit moves to the next one on the side of
 magnitude). So a block holds exactly 2 (16-bit pools) or 4 (float32) groups; with scales beside the codes a 16-bit pool
 would hold one, and int8 would save nothing.
 A token or group with a value that is not finite comes back as NaN. int8 saturates at 56,896, kivi at 65,504.
+  kivi4_rotated, kivi2_rotated  the same, with keys that went through `hadamard` before, as queries then do, so that the
+         error of a channel with a wide range is shared by all
 Source of kivi: Liu et al. 2024, arXiv:2402.02750; differs: groups of BS tokens, and values are packed with their keys.
 """
 
@@ -23,7 +25,8 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.packed_blocks.layout import FORMATS, PackedFormat, packed_bits_per_value, packed_places
+from kernels.hadamard import hadamard, hadamard_size
+from kernels.packed_blocks.layout import FORMATS, PackedFormat, packed_bits_per_value, packed_layout, packed_places
 from kernels.paged_attention.plan import AttentionPlan, Extents
 
 __all__ = [
@@ -55,8 +58,12 @@ def seal_blocks(
     for name, found in (("source", source), ("destination", destination), ("places", places)):
         _check_ids(name, found, source.shape[0])
     if source.shape[0]:
-        ids = [x.to(k_pool.device).contiguous() for x in (source, destination, places)]
-        backend.implementation("packed_blocks", k_pool.device).seal_blocks(k_pool, v_pool, *ids, format)
+        source, destination, places = (x.to(k_pool.device).contiguous() for x in (source, destination, places))
+        k_from, k_source = k_pool, source
+        if _is_rotated(k_pool, v_pool, format):  # the source may be shared, so what is coded is a copy
+            k_from, k_source = hadamard(k_pool[source].float()), torch.arange(len(source), device=source.device)
+        module = backend.implementation("packed_blocks", k_pool.device)
+        module.seal_blocks(k_pool, v_pool, (k_from, v_pool), (k_source, source), destination, places, format)
 
 
 def unpack_blocks(
@@ -73,6 +80,8 @@ def unpack_blocks(
     if blocks.shape[0]:
         ids = [x.to(k_pool.device).contiguous() for x in (blocks, places)]
         backend.implementation("packed_blocks", k_pool.device).unpack_blocks(k_pool, v_pool, *ids, format, k, v)
+    if _is_rotated(k_pool, v_pool, format):
+        k = hadamard(k, scale=1 / hadamard_size(k.shape[-1]))
     return k, v
 
 
@@ -131,10 +140,17 @@ def packed_attention(
         plan.checked.add(layout)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if q.shape[0] > 0:
+        if _is_rotated(k_pool, v_pool, format):
+            q = hadamard(q, scale=1 / hadamard_size(q.shape[-1]))
         module.packed_attention(
-            *tensors, layer=layer, scale=scale, soft_cap=soft_cap, format=format, out=out, lse=lse, plan=plan
+            *(q, *tensors[1:]), layer=layer, scale=scale, soft_cap=soft_cap, format=format, out=out, lse=lse, plan=plan
         )
     return out, lse
+
+
+def _is_rotated(k_pool: Tensor, v_pool: Tensor, format: str) -> bool:
+    layout = packed_layout(format, k_pool.shape[4], v_pool.shape[4], k_pool.shape[3], k_pool.dtype)
+    return layout.is_rotated
 
 
 def _check_pools(k_pool: Tensor, v_pool: Tensor, format: str) -> None:

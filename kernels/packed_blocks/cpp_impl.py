@@ -32,7 +32,7 @@ class Pool(ctypes.Structure):
     _fields_ = (
         ("side", Side),
         ("data", native.PTR),
-        *((name, native.INT) for name in ("dtype", "num_layers", "num_heads", "unit_bytes")),
+        *((name, native.INT) for name in ("num_layers", "num_heads", "unit_bytes")),
     )
 
 
@@ -86,12 +86,23 @@ def _wave(items: list[tuple[int, ...]], merges: list[tuple[int, ...]], num_parti
 
 
 def seal_blocks(
-    k_pool: Tensor, v_pool: Tensor, source: Tensor, destination: Tensor, places: Tensor, format: str
+    k_pool: Tensor,
+    v_pool: Tensor,
+    origins: tuple[Tensor, Tensor],
+    sources: tuple[Tensor, Tensor],
+    destination: Tensor,
+    places: Tensor,
+    format: str,
 ) -> None:
-    ids = [x.data_ptr() for x in (source, destination, places)]
-    for pool in _pools(k_pool, v_pool, format)[:2]:
-        native.function("kvasir_seal_blocks", native.PTR, *[native.PTR] * 3, native.INT, native.INT)(
-            ctypes.addressof(pool), *ids, len(source), native.num_threads()
+    """origins, sources: of keys and of values, where block sources[i] of origins is read."""
+    for pool, origin, source in zip(_pools(k_pool, v_pool, format)[:2], origins, sources, strict=True):
+        native.function("kvasir_seal_blocks", *[native.PTR] * 2, native.INT, *[native.PTR] * 3, native.INT, native.INT)(
+            ctypes.addressof(pool),
+            origin.data_ptr(),
+            native.DTYPE_CODES[origin.dtype],
+            *(x.data_ptr() for x in (source, destination, places)),
+            len(destination),
+            native.num_threads(),
         )
 
 
@@ -185,7 +196,6 @@ def _pool(pool: Tensor, side: SideLayout) -> Pool:
             VALUE_GROUP,
         ),
         pool.data_ptr(),
-        native.DTYPE_CODES[pool.dtype],
         num_layers,
         num_heads,
         block_size * dim * pool.element_size(),

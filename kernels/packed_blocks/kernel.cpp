@@ -21,7 +21,7 @@ thread_local Arena arena;
 struct Pool {
   Side side;
   uint8_t* data;
-  int64_t dtype, num_layers, num_heads, unit_bytes;
+  int64_t num_layers, num_heads, unit_bytes;
   uint8_t* unit(int64_t block, int64_t layer, int64_t head) const {
     return data + ((block * num_layers + layer) * num_heads + head) * unit_bytes;
   }
@@ -29,11 +29,12 @@ struct Pool {
 
 constexpr int64_t kElementsPerThread = 32768;  // that are worth waking a thread
 
-void seal_unit(const Pool& pool, const uint8_t* from, uint8_t* group) {
+// unit: which one of the blocks at `from`, of that element type.
+void seal_unit(const Pool& pool, const void* from, int64_t dtype, int64_t unit, uint8_t* group) {
   const int64_t n = pool.side.block_size * pool.side.dim;
   float* x = arena.reserve(2 * n);
-  with_dtype(pool.dtype, [&](auto type) {
-    const auto* elements = (const decltype(type)*)from;
+  with_dtype(dtype, [&](auto type) {
+    const auto* elements = (const decltype(type)*)from + unit * n;
     for (int64_t i = 0; i < n; ++i) x[i] = to_float(elements[i]);
   });
   packed::pack(pool.side, x, group, (uint8_t*)(x + n));
@@ -94,13 +95,14 @@ void run_item(const attention::Params& p, const Packed& packed, int64_t i, int64
 
 }  // namespace
 
-// Unit-wise over n blocks: ids are [n] each.
-KVASIR_EXPORT void kvasir_seal_blocks(const Pool* pool, const int64_t* source, const int64_t* destination,
-                                      const int64_t* places, int64_t n, int64_t num_threads) {
+// Unit-wise over n blocks: ids are [n] each. origin: blocks of the same shape as the pool's, of type origin_dtype.
+KVASIR_EXPORT void kvasir_seal_blocks(const Pool* pool, const void* origin, int64_t origin_dtype, const int64_t* source,
+                                      const int64_t* destination, const int64_t* places, int64_t n,
+                                      int64_t num_threads) {
   const int64_t units = pool->num_layers * pool->num_heads, elements = pool->side.block_size * pool->side.dim;
   parallel_for_runs(n * units, elements, kElementsPerThread, num_threads, [&](int64_t i) {
     const int64_t layer = i % units / pool->num_heads, head = i % pool->num_heads, block = i / units;
-    seal_unit(*pool, pool->unit(source[block], layer, head),
+    seal_unit(*pool, origin, origin_dtype, source[block] * units + layer * pool->num_heads + head,
               pool->unit(destination[block], layer, head) + places[block] * pool->side.group_bytes);
   });
 }

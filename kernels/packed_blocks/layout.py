@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-PackedFormat = Literal["fp8", "int8", "kivi4", "kivi2"]
+PackedFormat = Literal["fp8", "int8", "kivi4", "kivi2", "kivi4_rotated", "kivi2_rotated"]
 Coding = Literal["fp8", "int8", "channel", "token"]
 
 FORMATS: tuple[PackedFormat, ...] = get_args(PackedFormat)
@@ -57,6 +57,7 @@ class Side:
 class PackedLayout:
     keys: Side
     values: Side
+    is_rotated: bool  # whether keys are transformed before they are coded
     places: int  # groups that a block holds: as many as both its key and its value units have room for
 
 
@@ -66,7 +67,7 @@ def packed_layout(format: str, head_dim: int, head_dim_v: int, block_size: int, 
     if format not in FORMATS:
         raise ValueError(f"unknown packed format {format!r}; known: {', '.join(FORMATS)}")
     is_kivi = format.startswith("kivi")
-    bits = int(format[4:]) if is_kivi else 8
+    bits = int(format[4]) if is_kivi else 8
     for dim in (head_dim, head_dim_v):
         if is_kivi and dim % (8 // bits):
             raise ValueError(f"{format} needs a head dim that is a multiple of {8 // bits}, got {dim}")
@@ -77,7 +78,7 @@ def packed_layout(format: str, head_dim: int, head_dim_v: int, block_size: int, 
         Side(coding, bits, dim, block_size) for coding, dim in zip(codings, (head_dim, head_dim_v), strict=True)
     )
     units = (block_size * side.dim * dtype.itemsize // side.group_bytes for side in (keys, values))
-    return PackedLayout(keys, values, min(units))
+    return PackedLayout(keys, values, format.endswith("_rotated"), min(units))
 
 
 def packed_places(format: str, head_dim: int, head_dim_v: int, block_size: int, dtype: torch.dtype) -> int:

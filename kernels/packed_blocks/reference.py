@@ -26,13 +26,21 @@ def plan(rows: tuple[Row, ...], num_kv_heads: int, device: torch.device) -> None
 
 
 def seal_blocks(
-    k_pool: Tensor, v_pool: Tensor, source: Tensor, destination: Tensor, places: Tensor, format: str
+    k_pool: Tensor,
+    v_pool: Tensor,
+    origins: tuple[Tensor, Tensor],
+    sources: tuple[Tensor, Tensor],
+    destination: Tensor,
+    places: Tensor,
+    format: str,
 ) -> None:
+    """origins, sources: of keys and of values, where block sources[i] of origins is read."""
     layout = packed_layout(format, k_pool.shape[4], v_pool.shape[4], k_pool.shape[3], k_pool.dtype)
-    moves = list(zip(source.tolist(), destination.tolist(), places.tolist(), strict=True))
-    for pool, side in ((k_pool, layout.keys), (v_pool, layout.values)):
+    sides = (k_pool, layout.keys), (v_pool, layout.values)
+    for (pool, side), origin, source in zip(sides, origins, sources, strict=True):
+        moves = list(zip(source.tolist(), destination.tolist(), places.tolist(), strict=True))
         for (src, dst, place), layer, head in product(moves, range(pool.shape[1]), range(pool.shape[2])):
-            packed = _pack(pool[src, layer, head].float().cpu(), side)
+            packed = _pack(origin[src, layer, head].float().cpu(), side)
             _unit(pool, dst, layer, head)[place * side.group_bytes :][: len(packed)] = packed
 
 

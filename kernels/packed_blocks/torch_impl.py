@@ -16,10 +16,17 @@ def plan(rows: tuple[Row, ...], num_kv_heads: int, device: torch.device) -> None
 
 
 def seal_blocks(
-    k_pool: Tensor, v_pool: Tensor, source: Tensor, destination: Tensor, places: Tensor, format: str
+    k_pool: Tensor,
+    v_pool: Tensor,
+    origins: tuple[Tensor, Tensor],
+    sources: tuple[Tensor, Tensor],
+    destination: Tensor,
+    places: Tensor,
+    format: str,
 ) -> None:
-    for pool, side in _sides(k_pool, v_pool, format):
-        packed = _pack(pool[source].float(), side)  # [n, L, H_kv, bytes]
+    """origins, sources: of keys and of values, where block sources[i] of origins is read."""
+    for (pool, side), origin, source in zip(_sides(k_pool, v_pool, format), origins, sources, strict=True):
+        packed = _pack(origin[source].float(), side)  # [n, L, H_kv, bytes]
         offsets = places[:, None] * side.group_bytes + torch.arange(packed.shape[3], device=pool.device)
         # the indexed dims stand apart, so they come first: [n, bytes, L, H_kv]
         _units(pool)[destination[:, None], :, :, offsets] = packed.permute(0, 3, 1, 2)

@@ -166,13 +166,21 @@ def _seal_codes_kernel(
 
 
 def seal_blocks(
-    k_pool: Tensor, v_pool: Tensor, source: Tensor, destination: Tensor, places: Tensor, format: str
+    k_pool: Tensor,
+    v_pool: Tensor,
+    origins: tuple[Tensor, Tensor],
+    sources: tuple[Tensor, Tensor],
+    destination: Tensor,
+    places: Tensor,
+    format: str,
 ) -> None:
+    """origins, sources: of keys and of values, where block sources[i] of origins is read."""
     layout = packed_layout(format, k_pool.shape[4], v_pool.shape[4], k_pool.shape[3], k_pool.dtype)
     units = k_pool.shape[1] * k_pool.shape[2]
-    programs = len(source) * units
-    ids = source, destination, places
-    for pool, side in ((k_pool, layout.keys), (v_pool, layout.values)):
+    programs = len(destination) * units
+    sides = (k_pool, layout.keys), (v_pool, layout.values)
+    for (pool, side), origin, source in zip(sides, origins, sources, strict=True):
+        ids = source, destination, places
         unit_bytes = side.block_size * side.dim * pool.element_size()
         codes, halves = pool.view(torch.uint8), pool.view(torch.float16)
         sizes: dict[str, Any] = {
@@ -183,13 +191,13 @@ def seal_blocks(
         block_d = triton.next_power_of_2(side.dim)
         if side.num_scales == 0:
             _seal_scaled_kernel[(programs,)](
-                pool, codes, *ids, units, unit_bytes, CODING=side.coding, BLOCK_D=block_d, **sizes
+                origin, codes, *ids, units, unit_bytes, CODING=side.coding, BLOCK_D=block_d, **sizes
             )
             continue
         is_channel = side.coding == "channel"
         strides = units, unit_bytes, side.group_bytes
         _seal_scales_kernel[(programs, 1 if is_channel else side.num_value_groups)](
-            *(pool, halves, *ids),
+            *(origin, halves, *ids),
             *strides,
             LEVELS=2**side.bits - 1,
             NUM_SCALES=side.num_scales,
@@ -198,7 +206,7 @@ def seal_blocks(
             **sizes,
         )
         _seal_codes_kernel[(programs,)](
-            *(pool, codes, halves, *ids),
+            *(origin, codes, halves, *ids),
             *strides,
             BLOCK_J=triton.next_power_of_2(side.row_bytes),
             **scale_places(side),

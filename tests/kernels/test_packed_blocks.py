@@ -10,11 +10,13 @@ from torch import Tensor
 
 import kernels
 from kernels import backend, native, packed_blocks, testing
+from kernels.hadamard import hadamard
 from kernels.packed_blocks import cpp_impl, layout
 
 OP = "packed_blocks"
 IMPLEMENTATIONS = testing.implementations(OP)
 FORMATS = packed_blocks.FORMATS
+PLAIN = [format for format in FORMATS if not format.endswith("_rotated")]
 NUM_LAYERS = 2
 
 needs_cpp = pytest.mark.skipif("cpp" not in IMPLEMENTATIONS, reason="needs the native library")
@@ -178,10 +180,11 @@ def test_a_value_that_is_not_finite_comes_back_as_nan(name, format, bad):
         pytest.skip("runs on the CPU")
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
     x[2, 9] = bad
-    for back in packed_and_back(x, format, name):
-        assert back[2, 9].isnan()
+    keys, values = packed_and_back(x, format, name)
+    assert keys[2, 9].isnan()
+    assert values[2, 9].isnan()
     if format != "fp8":  # whose group is the whole block
-        assert back[1].isfinite().all()
+        assert values[1].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -190,6 +193,7 @@ def test_a_value_that_is_not_finite_comes_back_as_nan(name, format, bad):
         ("int8", torch.float32, 4),
         ("fp8", torch.float32, 4),
         ("kivi4", torch.float32, 5),
+        ("kivi4_rotated", torch.float32, 5),
         ("kivi2", torch.float32, 8),
         ("int8", torch.bfloat16, 2),
         ("fp8", torch.float16, 2),
@@ -201,6 +205,27 @@ def test_places_and_bits(format, dtype, places):
     shape = 64, 64, 16, dtype
     assert packed_blocks.packed_places(format, *shape) == places
     assert packed_blocks.packed_bits_per_value(format, *shape) == 8 * dtype.itemsize / places
+
+
+@pytest.mark.parametrize(("format", "levels"), [("kivi4_rotated", 15), ("kivi2_rotated", 3)])
+def test_errors_of_rotated_keys_stay_within_the_steps_of_the_rotated_ones(format, levels):
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
+    keys, values = packed_and_back(x, format)
+    assert torch.equal(values, packed_and_back(x, format.removesuffix("_rotated"))[1])
+    rotated = hadamard(x)
+    by_channel = (rotated.amax(0) - rotated.amin(0)) / levels / 2
+    rounding = rotated.abs().max() * 2**-10
+    assert ((hadamard(keys) - rotated).abs() <= by_channel + rounding).all()
+
+
+@pytest.mark.parametrize("format", ["kivi4", "kivi2"])
+def test_rotated_keys_miss_less_of_a_query_that_looks_at_a_channel_of_wide_range(format):
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 3] *= 20.0
+    q = torch.zeros(64)
+    q[3] = 1.0
+    plain, rotated = ((packed_and_back(x, name)[0] - x) @ q for name in (format, f"{format}_rotated"))
+    assert rotated.norm() < 0.8 * plain.norm()
 
 
 # ---- attention
@@ -329,7 +354,7 @@ def test_a_row_does_not_depend_on_its_batch(name):
 
 
 @needs_cpp
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", PLAIN)
 def test_one_query_is_bit_for_bit_paged_attention_over_the_unpacked_tokens(format):
     batch = make_batch([(1, 700), (1, 64)], format, heads=(6, 2), dims=(64, 32, 16))
     places = packed_blocks.packed_places(format, 64, 32, 16, torch.float32)
@@ -374,7 +399,10 @@ def test_chunks_waves_and_threads_change_no_bit(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "int3"}, "unknown packed format 'int3'; known: fp8, int8, kivi4, kivi2"),
+        (
+            {"format": "int3"},
+            "unknown packed format 'int3'; known: fp8, int8, kivi4, kivi2, kivi4_rotated",
+        ),
         ({"q": torch.zeros(6, 5, 32)}, "does not fit pools"),
         ({"q": torch.zeros(6, 4, 32, dtype=torch.float16)}, "q must be float32 or of the pools' type"),
         ({"q": torch.zeros(7, 4, 32)}, "q has 7 tokens, the plan 6"),
