@@ -11,6 +11,8 @@ from kernels import native
 
 SPLIT_KEYS = 256  # as kSplitKeys in kernel.cpp
 MIN_WORK_PER_THREAD = 100_000  # multiply-adds (some microseconds) for which waking another thread pays
+NOISY_BYTES = 32 << 20  # noisy logits kept between two passes, at most; with more they are made twice
+LANES = 16  # no vector of kernel.cpp is longer
 KIND_CODES = {"sum": 0, "count": 1, "noisy": 2}
 
 
@@ -19,7 +21,7 @@ class Params(ctypes.Structure):
 
     _fields_ = (
         *((name, native.PTR) for name in ("q", "k_cache", "block_table", "seq_lens", "cu_seqlens_q", "lse", "weights")),
-        *((name, native.PTR) for name in ("noise_keys", "temperature", "norm", "partials", "out")),
+        *((name, native.PTR) for name in ("noise_keys", "temperature", "norm", "partials", "noisy", "out")),
         *((name, native.INT) for name in ("num_channels", "num_tokens", "num_rows", "num_heads", "num_kv_heads")),
         *((name, native.INT) for name in ("head_dim", "block_size", "num_slots")),
         *((name, native.INT) for name in ("q_stride_token", "q_stride_head", "k_stride_block", "k_stride_head")),
@@ -56,6 +58,8 @@ def attention_scores(
     norm = torch.empty(num_tokens, num_heads) if is_noisy else None
     num_splits = -(-num_slots // SPLIT_KEYS)
     partials = torch.empty(num_tokens, num_heads, num_splits, 2) if is_noisy else None
+    noisy_size = num_tokens * num_heads * (-(-num_slots // LANES) * LANES)
+    noisy = torch.empty(noisy_size) if is_noisy and 4 * noisy_size <= NOISY_BYTES else None
     work = num_tokens * num_heads * num_slots * head_dim
     params = Params(
         q=q.data_ptr(),
@@ -69,6 +73,7 @@ def attention_scores(
         temperature=None if temperature is None else temperature.data_ptr(),
         norm=None if norm is None else norm.data_ptr(),
         partials=None if partials is None else partials.data_ptr(),
+        noisy=None if noisy is None else noisy.data_ptr(),
         out=out.data_ptr(),
         num_channels=num_channels,
         num_tokens=num_tokens,

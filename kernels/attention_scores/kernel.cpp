@@ -3,7 +3,7 @@
 // it alone. So no sum depends on the other rows, on threads, or on how queries are divided into tiles.
 //
 // Noisy probabilities have a softmax of their own: a first pass leaves each split's largest logit and sum of weights, a
-// second merges them in order.
+// second merges them in order. The noise is dear, so the first pass also leaves the noisy logits, where there is room.
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -41,6 +41,7 @@ struct Params {
   const float* temperature;   // [T]
   float* norm;                // [T, H] log of the noisy softmax' denominator
   float* partials;            // [T, H, splits, 2]: largest logit, sum of weights
+  float* noisy;               // [T, H, S rounded up to vectors] logits after the noise, or null: made anew each time
   float* out;                 // [C, R, H_kv, S]
   int64_t num_channels, num_tokens, num_rows, num_heads, num_kv_heads;
   int64_t head_dim, block_size, num_slots;
@@ -51,6 +52,7 @@ struct Params {
 
   int64_t group() const { return num_heads / num_kv_heads; }
   int64_t num_splits() const { return (num_slots + kSplitKeys - 1) / kSplitKeys; }
+  float* noisy_row(int64_t pair) const { return noisy + pair * round_up(num_slots, kLanes); }
 };
 
 // Tokens that have a weight in some channel, row after row.
@@ -132,6 +134,17 @@ class Split {
         for (int m = 0; m < count; ++m)
           if (!scratch.range[m].empty()) visit(first + m / group_, m, slot);
       }
+    }
+  }
+
+  // Calls visit(query, tile row) for each query and head that sees something, queries in order, with the slots of this
+  // split that it sees.
+  template <class Visit>
+  void for_pairs(Visit visit) const {
+    for (int64_t i = 0; i < num_tokens_; ++i) {
+      const Range seen = seen_by(i);
+      const Range own{int(std::max<int64_t>(seen.begin, begin_)), int(std::min<int64_t>(seen.end, end_))};
+      for (int m = 0; m < group_ && !own.empty(); ++m) visit(i, m, own);
     }
   }
 
@@ -244,6 +257,10 @@ KVASIR_INLINE void for_vectors(const float* s, Range range, Visit visit) {
   for (int j = range.begin / kLanes * kLanes; j < range.end; j += kLanes) visit(j, load(s + j));
 }
 
+void keep(float* to, const float* s, Range range) {
+  for_vectors(s, range, [&](int j, vfloat x) { store(to + j, x); });
+}
+
 // ---- the noisy softmax' denominators ----
 
 template <class T>
@@ -253,6 +270,7 @@ void find_partials(const Params& p, const Split<T>& split) {
     float* s = scratch.s + m * kTileKeys;
     const Range range = scratch.range[m];
     add_noise(s, range, slot, uint64_t(p.noise_keys[split.pair(i, m)]), p.temperature[split.token(i)]);
+    if (p.noisy) keep(p.noisy_row(split.pair(i, m)) + slot, s, range);
     float* partial = split.partial(i, m);
     vfloat largest = broadcast(partial[0]), sum = zeros();
     for_vectors(s, range, [&](int, vfloat x) { largest = max(largest, x); });
@@ -289,11 +307,9 @@ void add_scores(const Params& p, const Split<T>& split) {
     std::memcpy(scratch.sums + c * kSplitKeys, split.out(c), size * sizeof(float));
     std::fill_n(scratch.sums + c * kSplitKeys + size, kSplitKeys - size, 0.0f);  // computed with, never kept
   }
-  split.walk(scratch, [&](int64_t i, int m, int64_t slot) {
-    float* s = scratch.s + m * kTileKeys;
-    const Range range = scratch.range[m];
+  // s: logits of the slots from `slot` on, of which the range counts
+  const auto add = [&](int64_t i, int m, int64_t slot, const float* s, Range range) {
     const int64_t token = split.token(i), pair = split.pair(i, m);
-    if (p.kind == kNoisy) add_noise(s, range, slot, uint64_t(p.noise_keys[pair]), p.temperature[token]);
     const float norm = p.kind == kNoisy ? p.norm[pair] : p.lse[pair];
     if (norm == -kInfinity) return;  // nothing that it sees has a probability
     const Range seen = split.seen_by(i);
@@ -308,7 +324,20 @@ void add_scores(const Params& p, const Split<T>& split) {
         store(sums + j, fma(term, broadcast(weight), load(sums + j)));
       });
     }
-  });
+  };
+  if (p.kind == kNoisy && p.noisy) {
+    split.for_pairs([&](int64_t i, int m, Range own) {
+      const int64_t slot = split.begin();
+      add(i, m, slot, p.noisy_row(split.pair(i, m)) + slot, {own.begin - int(slot), own.end - int(slot)});
+    });
+  } else {
+    split.walk(scratch, [&](int64_t i, int m, int64_t slot) {
+      float* s = scratch.s + m * kTileKeys;
+      if (p.kind == kNoisy)
+        add_noise(s, scratch.range[m], slot, uint64_t(p.noise_keys[split.pair(i, m)]), p.temperature[split.token(i)]);
+      add(i, m, slot, s, scratch.range[m]);
+    });
+  }
   for (int64_t c = 0; c < p.num_channels; ++c)
     std::memcpy(split.out(c), scratch.sums + c * kSplitKeys, size * sizeof(float));
 }

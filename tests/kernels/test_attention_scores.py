@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine import noise
 from kernels import attention_scores, backend, native, paged_attention, testing
+from kernels.attention_scores import cpp_impl
 from kernels.attention_scores.noise import head_keys
 from kernels.sampling.reference import gumbel, token_word
 from tests.kernels.test_paged_attention import FLOAT_DTYPES, MIXED, Batch, make_batch
@@ -141,6 +142,19 @@ def test_a_row_does_not_depend_on_its_batch(name: str) -> None:
             own = weights[:, start : start + count].contiguous().to(device)
             alone = run(batch.only(row, 0, count).to(device), own).cpu()
             assert torch.equal(alone[:, 0], together[:, row, :, :seq_len])
+
+
+@needs_cpp
+def test_noisy_logits_that_find_no_room_are_made_again_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, options in (CASES["everything"], CASES["per head"], CASES["long"]):
+        batch = make_batch(**arguments)
+        window = {name: value for name, value in options.items() if name == "window"}
+        results = []
+        for room in (cpp_impl.NOISY_BYTES, 0):
+            monkeypatch.setattr(cpp_impl, "NOISY_BYTES", room)
+            with backend.using("cpp"):
+                results.append(run(batch, weights_of(batch), **noisy(batch), **window))
+        assert torch.equal(*results)
 
 
 @needs_cpp
