@@ -20,6 +20,7 @@ EVICTING = (
     "tova",
     "vatp",
     "snapkv",
+    "snapkv_wide",
     "pyramidkv",
     "kvcrush",
     "ems",
@@ -31,7 +32,10 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"name": "int8"},
     "kivi4": {"name": "kivi", "bits": 4},
     "kivi2": {"name": "kivi", "bits": 2},
+    "kivi4_plain": {"name": "kivi", "bits": 4, "rotate": False},
+    "kivi2_plain": {"name": "kivi", "bits": 2, "rotate": False},
 }
+WIDE_KERNEL = 21  # neighbours, for answers that are spelled from the text over many tokens
 BLOCK = 16
 
 
@@ -68,6 +72,8 @@ class Setting:
             return {"name": self.label, "min_recent": kept, "divisor": 1000.0}
         if self.label == "raas":  # of a thought of about four blocks
             return {"name": self.label, "budget": max(1, round(4 * self.ratio)) * BLOCK}
+        if self.label == "snapkv_wide":
+            return {"name": "snapkv", "ratio": self.ratio, "kernel": WIDE_KERNEL}
         return {"name": self.label, "ratio": self.ratio}
 
 
