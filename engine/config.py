@@ -40,6 +40,12 @@ class ModelConfig:
         "compute and weight precision; auto keeps 16-bit checkpoints at 16 bits with fp32 accumulation on CPU",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    quantization: str = option(
+        "none",
+        "round weights while loading, on CPU: int8 halves their memory and reading them, int4 quarters both and costs "
+        "quality; activations are rounded to 8 bits token by token",
+        choices=("none", "int8", "int4"),
+    )
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
     max_model_len: int | None = option(None, "tokens of prompt plus output; default: what the model declares", low=2)
     chat_template: str | None = option(None, "file with a Jinja chat template; default: the tokenizer's")
@@ -89,8 +95,8 @@ class CacheConfig:
     )
     pressure_policy: str = option(
         "",
-        "when memory runs short, shrink caches of requests that may, with this policy, before anybody is preempted; "
-        "given like kv_policy, default: never",
+        "when memory runs short, shrink caches of requests that may before anybody is preempted: names in order, a "
+        "format and then a policy that evicts, or a JSON list of names and objects with options; default: never",
     )
     max_pinned_blocks: int = option(
         0, "blocks that operators may pin in the prefix cache; requests cannot count on them", low=0
@@ -171,6 +177,11 @@ class SpeculationConfig:
     )
     speculative_draft_cache_tokens: int = option(
         32768, "tokens that the draft model's own cache holds, taken from memory before the KV cache", low=16
+    )
+    speculative_eagle_head: str = option(
+        "auto",
+        "head of the eagle drafter: a folder of `kvasir train-drafter`; auto: the folder eagle in the model's own; "
+        "none: the drafter is not offered",
     )
 
 

@@ -93,6 +93,7 @@ def build_core(
             path,
             device=device,
             dtype=config.model.dtype,
+            quantization=config.model.quantization,
             deterministic=config.runtime.deterministic,
             load_format=config.runtime.load_format,
             kind=config.model.load_adapter,
@@ -214,11 +215,12 @@ def wire(
 
 def _pressure(config: Config, policies: Policies) -> Pressure | None:
     """What shrinks caches when memory runs short, if anything. Raises ConfigError."""
+    from engine.compression.ladder import ladder
     from engine.scheduling.pressure import Pressure
 
     if not config.cache.pressure_policy:
         return None
-    return Pressure(policies.under_pressure(config.cache.pressure_policy), is_default=policies.default_may_shrink)
+    return Pressure(ladder(config.cache.pressure_policy, policies), is_default=policies.default_may_shrink)
 
 
 def _speculation_budget(config: Config, scheduler: Scheduler) -> Budget:

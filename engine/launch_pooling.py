@@ -59,6 +59,8 @@ def build_encoder(
     from engine.models.pooling import build_pooler
     from engine.models.pooling_config import read_pooler, resolved
 
+    if config.model.quantization != "none":
+        raise ConfigError(f"quantization is {config.model.quantization!r}, which encoders do not have; leave it out")
     fields = read_json(path, "config.json")
     found = read_pooler(path, fields, config.model.pooling, matryoshka=config.model.matryoshka)
     if found is None:

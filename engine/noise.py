@@ -43,6 +43,12 @@ def row_key(seed: int, choice: int, output_index: int, purpose: int = Purpose.TO
     return _signed(_mix((stream_key(seed, choice, purpose) + GOLDEN * (output_index + 1)) & _MASK))
 
 
+def row_keys(seed: int, choice: int, output_index: int, count: int) -> list[int]:
+    """`row_key` of so many tokens from an output index on."""
+    first = stream_key(seed, choice) + GOLDEN * (output_index + 1)
+    return [_signed(_mix((first + GOLDEN * i) & _MASK)) for i in range(count)]
+
+
 def subkey(key: int, index: int) -> int:
     """Key number `index` under a row key, signed as that: for rows of noise within one step. Indices from 0."""
     return _signed(_mix((key + GOLDEN * (index + 1)) & _MASK))

@@ -6,6 +6,7 @@ Importing it is cheap; torch loads inside the functions that need it.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 CGROUP = Path("/sys/fs/cgroup")
 MIB = 1024 * 1024
+QUANTIZED_BYTES = {"int8": 1.02, "int4": 0.57}  # a weight, with its share of a scale
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,13 @@ def check_weights_fit(path: Path, device: torch.device, config: Config) -> None:
     from engine.models.safetensors_file import ITEM_BYTES, read_checkpoint
 
     bytes_each = {"float32": 4, "bfloat16": 2, "float16": 2}.get(config.model.dtype)
-    entries = read_checkpoint(path).values()
-    needed = sum(
-        entry.num_bytes // ITEM_BYTES[entry.dtype] * (bytes_each or ITEM_BYTES[entry.dtype]) for entry in entries
-    )
+    rounded = QUANTIZED_BYTES.get(config.model.quantization)
+    needed = 0
+    for name, entry in read_checkpoint(path).items():
+        width: float = bytes_each or ITEM_BYTES[entry.dtype]
+        if rounded is not None and len(entry.shape) == 2 and "embed" not in name:
+            width = rounded
+        needed += math.ceil(entry.num_bytes // ITEM_BYTES[entry.dtype] * width)
     free = free_memory(device)
     if needed > free:
         raise ConfigError(

@@ -21,6 +21,7 @@ from engine.models.moe import MixtureOfExperts
 from engine.models.native_step import native_step
 from engine.models.rope import RopeTable, build_rope_table
 from engine.models.weights import WeightSource, num_parameters
+from kernels.decoder_step.chain import DecoderChain
 from kernels.linear import PackedLinear, pack_linear
 
 
@@ -39,6 +40,7 @@ class Decoder:
         linears: Counter[str],
         weight_bytes: int,
         weight_dtype: torch.dtype,
+        quantization: str | None,
         device: torch.device,
         max_model_len: int,
         generation: GenerationDefaults,
@@ -61,7 +63,7 @@ class Decoder:
         self.weight_bytes = weight_bytes
         self.device = device
         self.dtype = torch.float32 if device.type == "cpu" else weight_dtype
-        self.dtype_name = str(weight_dtype).removeprefix("torch.")
+        self.dtype_name = str(weight_dtype).removeprefix("torch.") + (f" as {quantization}" if quantization else "")
         self._embedding = embedding  # a table [V, C], or a packed weight that gives back its rows
         self._layers = layers
         self._first_norm = first_norm
@@ -92,7 +94,7 @@ class Decoder:
 
         num_layers   run the first ones only
         """
-        residual = self._embed(batch.token_ids)
+        residual = self.embed(batch.token_ids)
         if self.config.embedding_multiplier != 1.0:
             residual.mul_(self.config.embedding_multiplier)
         x = residual
@@ -106,7 +108,21 @@ class Decoder:
         """See `Model`."""
         self._forward_by_operations(batch, cache, num_layers)
 
-    def _embed(self, token_ids: Tensor) -> Tensor:  # [T] int64 -> [T, C]
+    def chain(self, num_logits: int) -> DecoderChain | None:
+        """Step, head and choice in one native call, among the first `num_logits` columns; None where that cannot be."""
+        if self._step is None or self._head.panels is None:
+            return None
+        config = self.config
+        return DecoderChain(
+            self._step,
+            self._head,
+            num_logits=num_logits,
+            divisor=config.logits_divisor,
+            soft_cap=config.logits_soft_cap or 0.0,
+        )
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, C] as stored, without the family's multiplier."""
         table = self._embedding
         return table.rows(token_ids) if isinstance(table, PackedLinear) else kernels.embedding(token_ids, table)
 
@@ -146,22 +162,32 @@ class Decoder:
 
 def build_decoder(
     config: DecoderConfig, weights: WeightSource, *, linear_mode: str, device: torch.device, max_model_len: int,
-    generation: GenerationDefaults,
+    generation: GenerationDefaults, quantization: str | None = None,
 ) -> Decoder:  # fmt: skip
     """Takes every weight from `weights` once, packs it and lets the source go.
 
-    linear_mode: of kernels.linear.pack_linear. max_model_len: positions that the RoPE tables cover.
+    linear_mode: of kernels.linear.pack_linear. max_model_len: positions that the RoPE tables cover. quantization: the
+    mode of the layers' matrices instead of linear_mode; the head then has 8 bits, and routers stay as they are.
     """
-    return _Builder(config, weights, linear_mode, device, max_model_len).build(generation)
+    return _Builder(config, weights, linear_mode, device, max_model_len, quantization).build(generation)
 
 
 class _Builder:
     def __init__(
-        self, config: DecoderConfig, weights: WeightSource, linear_mode: str, device: torch.device, max_model_len: int
+        self,
+        config: DecoderConfig,
+        weights: WeightSource,
+        linear_mode: str,
+        device: torch.device,
+        max_model_len: int,
+        quantization: str | None,
     ) -> None:
         self.config = config
         self.weights = weights
         self.linear_mode = linear_mode
+        self.quantization = quantization
+        self.layer_mode = quantization or linear_mode
+        self.head_mode = "int8" if quantization else linear_mode  # 4 bits in the head cost most of the quality
         self.device = device
         self.max_model_len = max_model_len
         self.ropes = [build_rope_table(rope, max_model_len, device) for rope in config.ropes]
@@ -182,11 +208,12 @@ class _Builder:
                 for (attention, feed_forward, norms), next_norm in zip(parts, next_norms, strict=True)
             ],
             first_norm=first_norms[0],
-            head=tied_head or self._linear("head"),
+            head=tied_head or self._linear("head", self.head_mode),
             ropes=self.ropes,
             linears=self.linears,
             weight_bytes=self.weight_bytes,
             weight_dtype=self.weights.dtype,
+            quantization=self.quantization,
             device=self.device,
             max_model_len=self.max_model_len,
             generation=generation,
@@ -195,7 +222,7 @@ class _Builder:
     def _embedding(self) -> tuple[Tensor | PackedLinear, PackedLinear | None]:
         """What is looked up, and the head when both are one matrix: where it gives back rows, no table is kept."""
         table = self.weights.take("embedding").to(self.device)
-        head = self._pack(table, None) if self.config.tied_embeddings else None
+        head = self._pack(table, None, self.head_mode) if self.config.tied_embeddings else None
         if head is not None and head.holds_rows:
             return head, head
         self.weight_bytes += table.nbytes
@@ -230,11 +257,11 @@ class _Builder:
         assert self.config.moe is not None
         shared: FeedForward | None = None
         shared_gate: Linear | None = None
-        router = self._linear(f"{at}.router")
+        router = self._linear(f"{at}.router", self.linear_mode)  # small, and a wrong expert costs more than its bytes
         experts = [self._mlp(f"{at}.experts.{expert}") for expert in range(self.config.moe.num_experts)]
         if self.config.moe.shared_intermediate_size:
             shared = self._mlp(f"{at}.shared")
-            shared_gate = self._linear(f"{at}.shared.gate")
+            shared_gate = self._linear(f"{at}.shared.gate", self.linear_mode)
         return MixtureOfExperts(self.config.moe, router=router, experts=experts, shared=shared, shared_gate=shared_gate)
 
     def _norm(self, name: str) -> Tensor:
@@ -245,12 +272,12 @@ class _Builder:
     def _vector(self, name: str) -> Tensor:
         return self.weights.take(name).to(self.device, torch.float32)
 
-    def _linear(self, name: str) -> PackedLinear:
+    def _linear(self, name: str, mode: str | None = None) -> PackedLinear:
         bias = self._vector(f"{name}_bias") if self.weights.has(f"{name}_bias") else None
-        return self._pack(self.weights.take(name), bias)
+        return self._pack(self.weights.take(name), bias, mode or self.layer_mode)
 
-    def _pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        linear = pack_linear(weight.to(self.device), bias, mode=self.linear_mode)
+    def _pack(self, weight: Tensor, bias: Tensor | None, mode: str) -> PackedLinear:
+        linear = pack_linear(weight.to(self.device), bias, mode=mode)
         self.linears[linear.kind] += 1
         self.weight_bytes += linear.nbytes
         return linear

@@ -19,6 +19,7 @@ from engine.models.hf_config import architectures, parse_config
 from engine.models.pooling_config import causal_architecture, has_language_head, pooler_tensors
 from engine.models.weights import CheckpointWeights, DummyWeights, Progress, WeightSource
 from kernels import backend
+from kernels.linear import QUANTIZED, quantized_instructions
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: str = "auto",
+    quantization: str = "none",
     deterministic: bool = False,
     load_format: str = "safetensors",
     kind: str = "auto",
@@ -41,6 +43,7 @@ def load_model(
 
     dtype: "auto", "float32", "bfloat16" or "float16". On CPU hidden states are always fp32 and "auto" keeps 16-bit
     checkpoints at 16 bits; on CUDA it is the dtype of weights and hidden states, "auto" that of the checkpoint.
+    quantization: "none", "int8" or "int4": how matrices are rounded while loading, on CPU (kernels.linear.quantized).
     deterministic: a row's result does not depend on the other rows. load_format: "safetensors", or "dummy" for random
     weights from `seed` (only config.json is read). kind: "native", "transformers", or "auto" for native where we know
     the architecture. progress(bytes done, bytes in all) is called while reading. max_model_len: longest sequence that
@@ -50,6 +53,7 @@ def load_model(
     folder, device = Path(path), torch.device(device)
     for name, value, known in (
         ("dtype", dtype, ("auto", *_DTYPES)),
+        ("quantization", quantization, ("none", *QUANTIZED)),
         ("load_format", load_format, ("safetensors", "dummy")),
         ("kind", kind, ("auto", "native", "transformers")),
     ):
@@ -57,6 +61,10 @@ def load_model(
             raise ConfigError(f"{name} is {value!r}, known are {', '.join(known)}")
     if not folder.is_dir():
         raise ConfigError(f"model folder {folder.name!r} does not exist")
+    if quantization != "none" and device.type != "cpu":
+        raise ConfigError(
+            f"quantization is {quantization!r}, which runs on CPU only, and the model runs on {device}; leave it out"
+        )
     fields = read_json(folder, "config.json")
     causal = causal_architecture(fields)
     if kind == "native" or (kind == "auto" and causal in architectures()):
@@ -64,6 +72,8 @@ def load_model(
         config = dataclasses.replace(config, architecture=architecture_of(fields))
         if not has_language_head(fields):
             config = dataclasses.replace(config, tied_embeddings=True)  # a head is never asked for: it costs nothing
+        if quantization != "none":
+            logger.info("weights become %s as they are read; products use %s", quantization, quantized_instructions())
         weights: WeightSource
         if load_format == "dummy":
             own = _DTYPES.get(config.dtype or "", torch.bfloat16)
@@ -74,12 +84,15 @@ def load_model(
             config,
             weights,
             linear_mode=_linear_mode(weights.dtype, device, deterministic),
+            quantization=None if quantization == "none" else quantization,
             device=device,
             max_model_len=_context(config, max_model_len),
             generation=load_generation_config(folder, config.eos_token_ids),
         )
     from engine.models.hf_loader import load_adapter  # loads transformers, which takes seconds
 
+    if quantization != "none":
+        raise ConfigError(f"quantization is {quantization!r}, but the transformers adapter has none; leave it out")
     if deterministic:
         raise ConfigError("deterministic mode needs a native decoder; the transformers adapter cannot promise it")
     logger.info("%s runs through the transformers adapter", architecture_of(fields))

@@ -7,6 +7,7 @@ Source: no code from a checkpoint is ever run; pickles are refused (see safetens
 
 from __future__ import annotations
 
+import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _READ_BYTES = 64 * 1024 * 1024  # between two calls of `progress`
+_MIN_OWN_BYTES = 1024 * 1024
 _NAMES_IN_ERROR = 5
 
 
@@ -74,7 +76,7 @@ class CheckpointWeights:
         stack = self._layout[name]
         stored = {_DTYPES[self._entries[part].dtype] for part, _ in stack.parts}
         target = self._cast or (self.dtype if len(stored) > 1 or torch.float64 in stored else next(iter(stored)))
-        weight = torch.empty(stack.shape, dtype=target)
+        weight = _own_memory(stack.shape, target)
         row = 0
         for part, shape in stack.parts:
             entry = self._entries[part]
@@ -97,6 +99,15 @@ class CheckpointWeights:
             self._done += count
             if self._progress is not None:
                 self._progress(self._done, self._total)
+
+
+def _own_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor; a large one outside of the heap, where letting go of it would only leave a hole."""
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    if num_bytes < _MIN_OWN_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def read_tensor(entry: TensorEntry) -> Tensor:

@@ -11,15 +11,15 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import backend, native
 from kernels.act_and_mul import ACTIVATIONS
+from kernels.decoder_step.structures import Batch, Embedding, Layer, Pool, Program, linear_of
 from kernels.linear.packed import PackedLinear
-from kernels.native import DTYPE_CODES, FLOAT, INT, PTR
+from kernels.native import DTYPE_CODES, INT, PTR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,8 @@ class DecoderStep:
         self._weights = weights  # the memory that the structures below point to
         first = weights.layers[0]
         self._hidden_size = first.qkv.in_features
-        self._layers = (_Layer * len(weights.layers))(*(_layer(layer) for layer in weights.layers))
-        self._program = _Program(
+        self._layers = (Layer * len(weights.layers))(*(_layer(layer) for layer in weights.layers))
+        self._program = Program(
             layers=ctypes.addressof(self._layers),
             first_norm=_address(weights.first_norm),
             embedding=_embedding(weights.embedding),
@@ -95,9 +95,9 @@ class DecoderStep:
             residual_multiplier=weights.residual_multiplier,
             embedding_multiplier=weights.embedding_multiplier,
         )
-        self._batch = _Batch()
+        self._batch = Batch()
         self._addresses = (ctypes.addressof(self._program), ctypes.addressof(self._batch))
-        self._pools: tuple[Tensor, Tensor, _Pool] | None = None
+        self._pools: tuple[Tensor, Tensor, Pool] | None = None
         self._run = native.function("kvasir_decoder_step", PTR, PTR, PTR, restype=INT)
 
     def __call__(
@@ -139,13 +139,21 @@ class DecoderStep:
         batch.num_threads = native.num_threads()
         batch.hidden = hidden.data_ptr()
         program, batch_address = self._addresses
-        bad = self._run(program, ctypes.addressof(self._pool(k_cache, v_cache)), batch_address)
+        bad = self._run(program, ctypes.addressof(self.pool(k_cache, v_cache)), batch_address)
         if bad >= 0:
             raise IndexError(f"token id {int(token_ids[bad])} is outside of the vocabulary")
         return hidden
 
-    def _pool(self, k_cache: Tensor, v_cache: Tensor) -> _Pool:
-        """Made once per pair of pools; a model is nearly always called with the same."""
+    @property
+    def program(self) -> int:
+        """Address of the structure for other native calls on these weights, good as long as this object lives."""
+        return self._addresses[0]
+
+    def pool(self, k_cache: Tensor, v_cache: Tensor) -> Pool:
+        """The caches for native calls. Raises ValueError where they do not fit the decoder.
+
+        Made once per pair of pools; a model is nearly always called with the same.
+        """
         if self._pools is None or self._pools[0] is not k_cache or self._pools[1] is not v_cache:
             expected = (len(self._weights.layers), self._weights.num_kv_heads)
             for cache in (k_cache, v_cache):
@@ -153,7 +161,7 @@ class DecoderStep:
                     not cache.is_contiguous() or cache.dtype != k_cache.dtype or cache.device.type != "cpu"
                 ):
                     raise ValueError(f"a cache is {list(cache.shape)} {cache.dtype}, which does not fit the decoder")
-            pool = _Pool(
+            pool = Pool(
                 k=k_cache.data_ptr(),
                 v=v_cache.data_ptr(),
                 dtype=DTYPE_CODES[k_cache.dtype],
@@ -187,12 +195,12 @@ def obstacle(weights: DecoderWeights) -> str | None:
     return None
 
 
-def _layer(layer: LayerWeights) -> _Layer:
-    return _Layer(
-        qkv=_linear(layer.qkv),
-        o=_linear(layer.o),
-        gate_up=_linear(layer.gate_up),
-        down=_linear(layer.down),
+def _layer(layer: LayerWeights) -> Layer:
+    return Layer(
+        qkv=linear_of(layer.qkv),
+        o=linear_of(layer.o),
+        gate_up=linear_of(layer.gate_up),
+        down=linear_of(layer.down),
         q_norm=_address(layer.q_norm),
         k_norm=_address(layer.k_norm),
         attention_out_norm=_address(layer.attention_out_norm),
@@ -205,24 +213,12 @@ def _layer(layer: LayerWeights) -> _Layer:
     )
 
 
-def _embedding(table: Tensor | PackedLinear) -> _Embedding:
+def _embedding(table: Tensor | PackedLinear) -> Embedding:
     if isinstance(table, Tensor):
         code = DTYPE_CODES[table.dtype]
-        return _Embedding(rows=table.data_ptr(), dtype=code, stride=table.stride(0), vocab_size=table.shape[0])
-    packed = _linear(table)
-    return _Embedding(rows=packed.weights, dtype=packed.dtype, is_packed=True, vocab_size=packed.columns)
-
-
-def _linear(linear: PackedLinear) -> _Linear:
-    panels = linear.panels
-    assert panels is not None, "`obstacle` has looked"
-    return _Linear(
-        weights=panels.weights,
-        bias=panels.bias,
-        dtype=panels.dtype_code,
-        depth=linear.in_features,
-        columns=linear.out_features,
-    )
+        return Embedding(rows=table.data_ptr(), dtype=code, stride=table.stride(0), vocab_size=table.shape[0])
+    packed = linear_of(table)
+    return Embedding(rows=packed.weights, dtype=packed.dtype, is_packed=True, vocab_size=packed.columns)
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -231,57 +227,3 @@ def _address(tensor: Tensor | None) -> int | None:
     assert tensor.dtype == torch.float32, "norms and rotations are kept in fp32"
     assert tensor.is_contiguous()
     return tensor.data_ptr()
-
-
-class _Structure(ctypes.Structure):
-    """Field by field a structure of kernel.cpp."""
-
-    def __init__(self, **fields: Any) -> None:
-        super().__init__(**fields)
-
-
-class _Linear(_Structure):
-    _fields_ = (("weights", PTR), ("bias", PTR), *((name, INT) for name in ("dtype", "depth", "columns")))
-
-
-class _Layer(_Structure):
-    _fields_ = (
-        *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
-        *((name, PTR) for name in ("q_norm", "k_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm", "next_norm")),
-        ("cos_sin", PTR),
-        ("rot_dim", INT),
-        ("window", INT),
-    )
-
-
-class _Embedding(_Structure):
-    _fields_ = (("rows", PTR), *((name, INT) for name in ("dtype", "stride", "is_packed", "vocab_size")))
-
-
-class _Program(_Structure):
-    _fields_ = (
-        ("layers", PTR),
-        ("first_norm", PTR),
-        ("embedding", _Embedding),
-        *((name, INT) for name in ("num_layers", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")),
-        *((name, INT) for name in ("head_dim", "activation", "norms_projection")),
-        *((name, FLOAT) for name in ("norm_eps", "attention_scale", "attention_soft_cap", "qkv_clip")),
-        *((name, FLOAT) for name in ("residual_multiplier", "embedding_multiplier")),
-    )
-
-
-class _Pool(_Structure):
-    _fields_ = (
-        ("k", PTR),
-        ("v", PTR),
-        *((name, INT) for name in ("dtype", "block_size", "stride_block", "stride_layer", "stride_head")),
-    )
-
-
-class _Batch(_Structure):
-    _fields_ = (
-        *((name, PTR) for name in ("token_ids", "positions", "slots", "cu_seqlens_q", "seq_lens", "block_table")),
-        ("paths", PTR),
-        *((name, INT) for name in ("table_stride", "paths_stride", "num_tokens", "num_rows", "num_threads")),
-        ("hidden", PTR),
-    )

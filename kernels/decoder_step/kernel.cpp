@@ -15,11 +15,13 @@
 #include "arena.h"
 #include "dispatch.h"
 #include "simd.h"
+#include "step.h"
 #include "team.h"
 
 namespace {
 
 using namespace kvasir;
+using namespace kvasir::decoder;
 
 // Multiply-adds (read weights counted as in linear/kernel.cpp) for which a further thread pays in a step: a quarter of a
 // millisecond. A shorter step leaves the other cores to the front end.
@@ -28,41 +30,6 @@ constexpr int64_t kElementsPerThread = 8192;  // of element-wise work; the helpe
 constexpr int64_t kAttentionWorkPerThread = 100'000;
 constexpr int kTileQueries = 16;      // as TILE_QUERIES of paged_attention/cpp_impl.py
 constexpr int64_t kItemsPerThread = 4;  // as ITEMS_PER_THREAD there
-
-// Field by field the structures of __init__.py.
-struct Linear {
-  const void* weights;
-  const float* bias;
-  int64_t dtype, depth, columns;
-};
-struct Layer {
-  Linear qkv, o, gate_up, down;
-  const float *q_norm, *k_norm, *attention_out_norm, *mlp_norm, *mlp_out_norm, *next_norm;  // null: not there
-  const float* cos_sin;                                                                     // null: nothing rotates
-  int64_t rot_dim, window;
-};
-struct Embedding {
-  const void* rows;  // [vocab_size][hidden_size], or packed in panels
-  int64_t dtype, stride, is_packed, vocab_size;
-};
-struct Program {
-  const Layer* layers;
-  const float* first_norm;
-  Embedding embedding;
-  int64_t num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, activation, norms_projection;
-  float norm_eps, attention_scale, attention_soft_cap, qkv_clip, residual_multiplier, embedding_multiplier;
-};
-// Both pools have the same layout.
-struct Pool {
-  void *k, *v;
-  int64_t dtype, block_size, stride_block, stride_layer, stride_head;
-};
-struct Batch {
-  const int64_t *token_ids, *positions, *slots;
-  const int32_t *cu_seqlens_q, *seq_lens, *block_table, *paths;
-  int64_t table_stride, paths_stride, num_tokens, num_rows, num_threads;
-  float* hidden;
-};
 
 // How attention of this step is divided, for all layers; the rules are those of plan in paged_attention/cpp_impl.py.
 struct AttentionWork {
@@ -179,7 +146,8 @@ class Step {
   }
 
   void product(const Linear& linear, const float* x, float* out) const {
-    const linear::Product product = product_of(linear, x, out);
+    linear::Product product = product_of(linear, x, out);
+    linear::prepare(product, threads_);
     const linear::Division division = linear::divide(product, threads_);
     parallel_for(division.num_tasks(), division.threads, [&](int64_t t) { linear::run_task(product, division, t); });
   }
@@ -287,11 +255,17 @@ class Step {
 
 }  // namespace
 
-// Writes hidden [num_tokens][hidden_size] and the tokens' keys and values. Returns -1, or the place of the first token id that is
-// not in the vocabulary; then nothing has been written.
-KVASIR_EXPORT int64_t kvasir_decoder_step(const Program* program, const Pool* pool, const Batch* batch) {
-  for (int64_t t = 0; t < batch->num_tokens; ++t)
-    if (batch->token_ids[t] < 0 || batch->token_ids[t] >= program->embedding.vocab_size) return t;
-  Step(*program, *pool, *batch).run();
+namespace kvasir::decoder {
+
+int64_t run_step(const Program& program, const Pool& pool, const Batch& batch) {
+  for (int64_t t = 0; t < batch.num_tokens; ++t)
+    if (batch.token_ids[t] < 0 || batch.token_ids[t] >= program.embedding.vocab_size) return t;
+  Step(program, pool, batch).run();
   return -1;
+}
+
+}  // namespace kvasir::decoder
+
+KVASIR_EXPORT int64_t kvasir_decoder_step(const Program* program, const Pool* pool, const Batch* batch) {
+  return run_step(*program, *pool, *batch);
 }

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.linear.packed import MODES, PackedLinear
+from kernels.linear.packed import MODES, QUANTIZED, PackedLinear
 
-__all__ = ["MODES", "PackedLinear", "available_modes", "pack_linear"]
+__all__ = ["MODES", "QUANTIZED", "PackedLinear", "available_modes", "pack_linear", "quantized_instructions"]
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None, *, mode: str = "auto") -> PackedLinear:
@@ -24,11 +24,14 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None, *, mode: str = "auto
             "fp32"           float32 weights. The torch backend keeps a float32 `weight` itself, all else is a copy
             "fp16"           16 bits also for a float32 weight, rounded to float16 where its range allows, else float32
             "deterministic"  like "auto", computed so that a row's result has the same bits in every batch
+            "int8", "int4"   rounded to so many bits, activations to 8 row by row; see quantized.py. CPU only
     On CUDA the weight keeps its type in all modes but "fp32".
     Raises ValueError for an unknown mode or when shapes, types or devices disagree.
     """
-    if mode not in MODES:
-        raise ValueError(f"unknown linear mode {mode!r}; known: {', '.join(MODES)}")
+    if mode not in (*MODES, *QUANTIZED):
+        raise ValueError(f"unknown linear mode {mode!r}; known: {', '.join((*MODES, *QUANTIZED))}")
+    if mode in QUANTIZED and weight.device.type != "cpu":
+        raise ValueError(f"linear mode {mode!r} runs on CPU only, the weight is on {weight.device}")
     if weight.dim() != 2 or not weight.shape[0] or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
             f"weight must be [N, K] with N >= 1 in float32, float16 or bfloat16, "
@@ -45,3 +48,13 @@ def available_modes(device: torch.device | str = "cpu") -> dict[str, str]:
     """For the start-up report: by mode, the kind that a bfloat16 weight within range gets on `device`."""
     weight = torch.zeros(1, 1, dtype=torch.bfloat16, device=device)
     return {mode: pack_linear(weight, mode=mode).kind for mode in MODES}
+
+
+def quantized_instructions() -> str:
+    """For the start-up report: what products with weights of 8 and 4 bits are made of on this CPU."""
+    implementation = backend.select("linear", "cpu")
+    if implementation != "cpp":
+        return f"plain torch ({implementation}), which is slow"
+    from kernels.linear.cpp_impl import quantized_isa  # builds the library
+
+    return quantized_isa()

@@ -5,14 +5,16 @@ Faster than FBGEMM's packed fp16 product and than F.linear at every number of ro
 
 from __future__ import annotations
 
+import ctypes
 import logging
 
 import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.linear.packed import PackedLinear, Panels, check_float32, check_ids
+from kernels.linear.packed import QUANTIZED, PackedLinear, Panels, check_float32, check_ids
 from kernels.linear.precision import float16_problem
+from kernels.linear.quantized import FORMATS
 from kernels.native import INT, PTR
 
 logger = logging.getLogger(__name__)
@@ -29,10 +31,8 @@ class PanelLinear(PackedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(*weight.shape)
-        self.kind = f"panels_{_NAMES[weight.dtype]}"
         padded = -(-self.out_features // PANEL) * PANEL
-        self._packed = torch.empty(padded * self.in_features, dtype=weight.dtype)
-        self._dtype_code = native.DTYPE_CODES[weight.dtype]
+        self._allocate(weight.dtype, padded)
         self._bias = None
         if bias is not None:
             self._bias = torch.zeros(padded)
@@ -43,12 +43,20 @@ class PanelLinear(PackedLinear):
         self.panels = Panels(self._packed.data_ptr(), self._dtype_code, bias_address)
         self._constant = (self.in_features, self.out_features, *self.panels)
 
+    def _allocate(self, dtype: torch.dtype, padded: int) -> None:
+        self.kind = f"panels_{_NAMES[dtype]}"
+        self._packed = torch.empty(padded * self.in_features, dtype=dtype)
+        self._dtype_code = native.DTYPE_CODES[dtype]
+
     def _fill(self, weight: Tensor) -> None:
         packed = self._packed
         advise = native.function("kvasir_linear_advise_large_pages", PTR, INT)
         advise(packed.data_ptr(), packed.nbytes)
         if weight.stride(1) != 1:
             weight = weight.contiguous()
+        self._pack(weight, packed)
+
+    def _pack(self, weight: Tensor, packed: Tensor) -> None:
         pack_panels = native.function("kvasir_linear_pack", PTR, *[INT] * 4, PTR, INT)
         shape = (weight.stride(0), self.out_features, self.in_features)
         pack_panels(weight.data_ptr(), self._dtype_code, *shape, packed.data_ptr(), native.num_threads())
@@ -85,8 +93,39 @@ class PanelLinear(PackedLinear):
         return out
 
 
+class QuantizedPanelLinear(PanelLinear):
+    """Panels of codes with their scales; the same bits as `quantized.QuantizedLinear`, whatever the instruction set."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, mode: str) -> None:
+        self._mode = mode
+        super().__init__(weight, bias)
+
+    def _allocate(self, dtype: torch.dtype, padded: int) -> None:
+        self.kind = f"panels_{self._mode}"
+        self._dtype_code = FORMATS[self._mode].bits
+        num_bytes = native.function("kvasir_quantized_bytes", INT, INT, INT, restype=INT)
+        shape = (self._dtype_code, self.out_features, self.in_features)
+        self._packed = torch.empty(num_bytes(*shape), dtype=torch.uint8)
+
+    def _pack(self, weight: Tensor, packed: Tensor) -> None:
+        quantize = native.function("kvasir_quantized_pack", PTR, *[INT] * 5, PTR, INT)
+        shape = (weight.stride(0), self.out_features, self.in_features, self._dtype_code)
+        dtype_code = native.DTYPE_CODES[weight.dtype]
+        quantize(weight.data_ptr(), dtype_code, *shape, packed.data_ptr(), native.num_threads())
+
+
+def quantized_isa(wanted: str | None = None) -> str:
+    """Name of the instructions that quantised products use; `wanted` selects them, where this CPU has them (tests)."""
+    name: bytes = native.function("kvasir_quantized_isa", ctypes.c_char_p, restype=ctypes.c_char_p)(
+        None if wanted is None else wanted.encode()
+    )
+    return name.decode()
+
+
 def pack(weight: Tensor, bias: Tensor | None, mode: str) -> PackedLinear:
     """See kernels.linear.pack_linear."""
+    if mode in QUANTIZED:
+        return QuantizedPanelLinear(weight, bias, mode)
     if mode == "fp32":
         weight = weight.float()
     elif mode == "fp16" and weight.dtype == torch.float32:

@@ -11,6 +11,7 @@
 
 #include "dispatch.h"
 #include "product.h"
+#include "quantized.h"
 #include "simd.h"
 #include "team.h"
 
@@ -32,6 +33,7 @@ constexpr int64_t kMinWorkPerThread = 350'000;
 // And for which threads that may be asleep are woken: a product on its own.
 constexpr int64_t kMinWorkToWake = 3'000'000;
 constexpr int64_t kWorkPerByte = 2;
+constexpr int64_t kQuantizedRate = 4;  // multiply-adds of bytes in the time of one of floats
 #if defined(__AVX512F__)
 constexpr int kMaxRows = 12;  // 24 accumulators of 32 registers
 #else
@@ -210,7 +212,15 @@ void unpack(const T* packed, int64_t num_columns, int64_t depth, int64_t id, flo
 
 namespace kvasir::linear {
 
+void prepare(Product& p, int64_t threads) {
+  if (quantized::is_quantized(p.dtype)) p.prepared = quantized::prepare(p, threads);
+}
+
 int64_t work_of(const Product& p) {
+  if (quantized::is_quantized(p.dtype)) {
+    const int64_t reading = kWorkPerByte * p.dtype / 8;
+    return p.num_columns * p.depth * std::max<int64_t>(ceil_div(p.num_rows, kQuantizedRate), reading);
+  }
   const int64_t width = p.dtype == kFloat32 ? 4 : 2;
   return p.num_columns * p.depth * std::max<int64_t>(p.num_rows, kWorkPerByte * width);
 }
@@ -232,10 +242,12 @@ void run_task(const Product& p, const Division& d, int64_t t) {
   const int64_t num_panels = num_panels_of(p), columns = t / d.row_groups, group = t % d.row_groups;
   const int64_t row = p.num_rows * group / d.row_groups, end = p.num_rows * (group + 1) / d.row_groups;
   const int64_t first = num_panels * columns / d.column_groups, last = num_panels * (columns + 1) / d.column_groups;
+  if (quantized::is_quantized(p.dtype)) return quantized::run(p, row, end - row, first, last);
   with_dtype(p.dtype, [&](auto type) { Panels<decltype(type)>(p).task(row, end - row, first, last); });
 }
 
 void unpack_row(const void* packed, int64_t dtype, int64_t num_columns, int64_t depth, int64_t id, float* out) {
+  if (quantized::is_quantized(dtype)) return quantized::unpack_row(packed, dtype, depth, id, out);
   with_dtype(dtype, [&](auto type) { unpack((const decltype(type)*)packed, num_columns, depth, id, out); });
 }
 
@@ -262,8 +274,9 @@ KVASIR_EXPORT void kvasir_linear_unpack_rows(const void* packed, int64_t dtype, 
 KVASIR_EXPORT void kvasir_linear(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth, int64_t num_columns,
                                  const void* packed, int64_t dtype, const float* bias, float* out, int64_t out_stride,
                                  int64_t threads) {
-  const linear::Product product{x, x_stride, num_rows, depth, num_columns, packed, dtype, bias, out, out_stride};
+  linear::Product product{x, x_stride, num_rows, depth, num_columns, packed, dtype, bias, out, out_stride};
   const int64_t useful = std::clamp<int64_t>(linear::work_of(product) / kMinWorkToWake, 1, threads);
+  linear::prepare(product, useful);
   const linear::Division division = linear::divide(product, useful);
   parallel_for(division.num_tasks(), division.threads, [&](int64_t t) { linear::run_task(product, division, t); });
 }

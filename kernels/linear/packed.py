@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MODES = ("auto", "fp32", "fp16", "deterministic")
+QUANTIZED = ("int8", "int4")  # modes that round the weight, and activations to 8 bits; see quantized.py
 
 
 class Panels(NamedTuple):

@@ -5,7 +5,7 @@
 
 namespace kvasir::linear {
 
-// out [num_rows][num_columns] = x W^T + bias; bias is null or has a whole number of panels; dtype as DType.
+// out [num_rows][num_columns] = x W^T + bias; bias is null or has a whole number of panels; dtype as DType, or of quantized.h.
 struct Product {
   const float* x;
   int64_t x_stride, num_rows, depth, num_columns;
@@ -14,7 +14,12 @@ struct Product {
   const float* bias;
   float* out;
   int64_t out_stride;
+  const void* prepared = nullptr;  // what `prepare` made of x
 };
+
+// Makes of x what tasks on quantised weights read; call it first, on the thread that waits for the tasks. Good until the
+// next call on that thread. Nothing for other weights.
+void prepare(Product& product, int64_t threads);
 
 // How a product falls into tasks, each a group of rows by a group of columns. Changes no bit of the result.
 struct Division {

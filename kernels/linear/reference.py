@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.linear.packed import PackedLinear, check_ids
+from kernels.linear.packed import QUANTIZED, PackedLinear, check_ids
+from kernels.linear.quantized import QuantizedLinear
 
 
 class ReferenceLinear(PackedLinear):
@@ -35,5 +36,7 @@ class ReferenceLinear(PackedLinear):
 
 
 def pack(weight: Tensor, bias: Tensor | None, mode: str) -> PackedLinear:
-    """See kernels.linear.pack_linear; every mode is the same here."""
+    """See kernels.linear.pack_linear; all modes that do not quantise are the same here."""
+    if mode in QUANTIZED:
+        return QuantizedLinear(weight, bias, mode, torch.int64)
     return ReferenceLinear(weight, bias)

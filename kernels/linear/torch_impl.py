@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear.packed import PackedLinear, check_float32, check_ids
+from kernels.linear.packed import QUANTIZED, PackedLinear, check_float32, check_ids
 from kernels.linear.precision import float16_problem
+from kernels.linear.quantized import QuantizedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,8 @@ def fbgemm_problem() -> str | None:
 
 def pack(weight: Tensor, bias: Tensor | None, mode: str) -> PackedLinear:
     """See kernels.linear.pack_linear."""
+    if mode in QUANTIZED:
+        return QuantizedLinear(weight, bias, mode, torch.float32)
     if weight.device.type != "cpu":
         weight = weight.float() if mode == "fp32" else weight
         return (RowwiseLinear if mode == "deterministic" else UnpackedLinear)(weight, bias)

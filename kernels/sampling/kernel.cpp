@@ -5,6 +5,7 @@
 // lift it (kMaxGumbel, before any noise is made; word_limit, before its logarithms) is skipped. No result changes.
 #include <cfloat>
 
+#include "choose.h"
 #include "noise.h"
 #include "select.h"
 #include "team.h"
@@ -229,6 +230,23 @@ int64_t sample_row(const float* row, int n, float temperature, Filters filters, 
 }
 
 }  // namespace
+
+namespace kvasir::sampling {
+
+Choice choose(const float* row, int n, float temperature, uint64_t key) {
+  const bool is_greedy = temperature < kGreedyBelow;
+  const int64_t token = sample_row(row, n, temperature, {0, 1.0f, 0.0f, 1.0f}, key);
+  if (token < 0) return {-1, std::numeric_limits<float>::quiet_NaN()};
+  const float best = best_logit(row, n).value, scale = is_greedy ? 1.0f : 1.0f / temperature;
+  Sum sum;
+  double rest = 0;
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum.add(exp((load(row + i) - best) * scale));
+  for (; i < n; ++i) rest += std::exp((row[i] - best) * scale);
+  return {token, (row[token] - best) * scale - float(std::log(sum.total() + rest))};
+}
+
+}  // namespace kvasir::sampling
 
 // logits [num_rows, n] with rows `stride` apart. Every parameter array has one entry per row; a null pointer means the
 // neutral value in every row (for `temperature`: all rows greedy).
