@@ -16,6 +16,7 @@ from torch import Tensor
 import kernels
 from engine.execution import kv_cache
 from engine.models.batch import ForwardBatch, Model
+from engine.models.decoder import Decoder
 from engine.speculation.draft_rows import ChainPass, Draw, Pick, RowPass
 from kernels import sampling
 from kernels.sampling import GREEDY_BELOW
@@ -53,6 +54,7 @@ class DraftLanguageModel:
         self._num_heads = model.spec.num_kv_heads
         self._logits_size = logits_size
         self._max_pass_tokens = max_pass_tokens
+        self._native = model.chain(logits_size) if isinstance(model, Decoder) else None
 
     @property
     def num_bytes(self) -> int:
@@ -64,6 +66,10 @@ class DraftLanguageModel:
         """Block copies, then the rows' tokens. Returns the logits after each row's last token, [R, <= V] float32."""
         if copies:
             kernels.copy_blocks(self._cache.k, self._cache.v, torch.tensor(copies, dtype=torch.int64))
+        return self._model.logits(self._read(rows))[:, : self._logits_size]
+
+    def _read(self, rows: Sequence[RowPass]) -> Tensor:
+        """Computes the rows' tokens, at least one of each. Returns the hidden states [R, C] of the last ones."""
         last: list[Tensor] = [torch.empty(0)] * len(rows)
         for pieces in _forwards(rows, self._max_pass_tokens):
             hidden = self._model.forward(self._batch(rows, pieces), self._cache)
@@ -72,7 +78,7 @@ class DraftLanguageModel:
                 end += piece.end - piece.begin
                 if piece.end == len(rows[piece.row].token_ids):
                     last[piece.row] = hidden[end - 1]
-        return self._model.logits(torch.stack(last))[:, : self._logits_size]
+        return torch.stack(last)
 
     @torch.inference_mode()
     def pick(self, logits: Tensor, draws: Sequence[Draw], count: int) -> list[Pick]:
@@ -92,13 +98,28 @@ class DraftLanguageModel:
         return [Pick(*row) for row in zip(*found, strict=True)]
 
     @torch.inference_mode()
-    def chain(self, logits: Tensor, chains: Sequence[ChainPass]) -> list[list[tuple[int, float]]]:
-        """Chains of best tokens: (token, log q) of each. All tokens but the last are in the cache afterwards.
+    def chain(self, chains: Sequence[ChainPass]) -> list[list[tuple[int, float]]]:
+        """Computes the rows' tokens, then chains of best ones: (token, log q) of each. All but a chain's last are in
+        the cache afterwards.
 
-        Every level uses the same tensors again: building a batch takes longer than a small model does.
+        One native call where the model has that. Elsewhere every level uses the same tensors again: building a batch
+        takes longer than a small model does.
         """
+        if self._native is None:
+            return self._chain_by_steps(chains)
+        if sum([len(chain.token_ids) for chain in chains]) > self._max_pass_tokens:
+            parts = [RowPass(chain.token_ids[:-1], chain.start, chain.block_ids) for chain in chains]
+            self._read([part for part in parts if part.token_ids])
+            starts = [chain.start + len(chain.token_ids) - 1 for chain in chains]
+            chains = [
+                chain._replace(token_ids=chain.token_ids[-1:], start=start)
+                for chain, start in zip(chains, starts, strict=True)
+            ]
+        return self._native(chains, self._cache.k, self._cache.v)
+
+    def _chain_by_steps(self, chains: Sequence[ChainPass]) -> list[list[tuple[int, float]]]:
+        logits = self.compute([RowPass(chain.token_ids, chain.start, chain.block_ids) for chain in chains])
         steps = _ChainSteps(chains, self.block_size, self._num_heads, self._device)
-        logits = logits[torch.tensor([chain.row for chain in chains], device=self._device)]
         for depth in range(max(len(chain.keys) for chain in chains)):
             if depth > 0:
                 hidden = self._model.forward(steps.batch_at(depth), self._cache)
@@ -158,7 +179,7 @@ class _ChainSteps:
         self._log_probs = [0.0] * len(chains)
         self._is_open = [True] * len(chains)
         count, depth = len(chains), max(len(chain.keys) for chain in chains)
-        starts = np.array([chain.start for chain in chains])
+        starts = np.array([chain.start + len(chain.token_ids) for chain in chains])
         positions = starts + np.arange(depth)[:, None]  # [depth, R]
         table = np.zeros((count, int(positions.max()) // block_size + 1), dtype=np.int32)
         for i, chain in enumerate(chains):

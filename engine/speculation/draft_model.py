@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from engine.speculation.base import RequestView, drafters
 from engine.speculation.draft_cache import DraftCache
-from engine.speculation.draft_rows import ChainPass, DraftRunner
+from engine.speculation.draft_rows import ChainPass, DraftRunner, RowPass
 from engine.speculation.host import check_bounds
 from engine.speculation.model_drafter import Growth, Job, Level, ModelDrafter
 from engine.speculation.tree import Kind
@@ -23,7 +23,7 @@ from engine.speculation.tree import Kind
 @dataclass(frozen=True, slots=True)
 class DraftModelOptions:
     max_depth: int = 6  # tokens guessed at most
-    min_value: float = 0.05  # a chain that is less likely to be accepted to its end is not continued
+    min_value: float = 0.3  # a chain that is less likely to be accepted to its end is not continued
 
     def __post_init__(self) -> None:
         check_bounds("draft_model", self, max_depth=(1, 64), min_value=(0.0, 1.0))
@@ -59,23 +59,24 @@ class DraftModel(ModelDrafter):
         depth = min(max_depth, self.options.max_depth)
         return Chain(view, self.name, max_nodes, depth, kind, min_value=self.options.min_value)
 
-    def _grow(
-        self, runner: DraftRunner, cache: DraftCache, jobs: list[Job], logits: Any, busy: Collection[str]
+    def _draft(
+        self, runner: DraftRunner, cache: DraftCache, jobs: list[Job], passes: list[RowPass], busy: Collection[str]
     ) -> None:
         """Chains of chosen tokens need nothing between two levels but the token, so they are left to the runner."""
         if any(job.growth.is_sampled for job in jobs):
-            super()._grow(runner, cache, jobs, logits, busy)
+            super()._draft(runner, cache, jobs, passes, busy)
             return
         least = math.log(self.options.min_value) if self.options.min_value > 0.0 else -math.inf
         chains = []
-        for row, job in enumerate(jobs):
+        for job, (token_ids, start, _) in zip(jobs, passes, strict=True):
             growth, text = job.growth, job.text
-            depth = min(growth.max_nodes, growth.max_depth)
-            while not cache.reserve(text, text.main, text.num_tokens + depth - 1, busy):
-                depth -= 1  # ends at 1, for which there is nothing to reserve
-            keys = [growth.key_at(place) for place in range(depth)]
-            chains.append(ChainPass(row, text.num_tokens, text.main.block_ids, growth.view.temperature, keys, least))
-        for job, found in zip(jobs, runner.chain(logits, chains), strict=True):
+            end, depth = start + len(token_ids), min(growth.max_nodes, growth.max_depth)
+            while not cache.reserve(text, text.main, end + depth - 1, busy):
+                depth -= 1  # ends at 1: there is room for the text
+            keys = growth.keys(depth)
+            chains.append(ChainPass(token_ids, start, text.main.block_ids, growth.view.temperature, keys, least))
+        for job, found in zip(jobs, runner.chain(chains), strict=True):
+            job.text.num_tokens = len(job.growth.view.token_ids)
             node, value = -1, 1.0
             for token, log_prob in found:
                 value *= math.exp(log_prob)

@@ -34,11 +34,11 @@ class Pick(NamedTuple):
 
 
 class ChainPass(NamedTuple):
-    """A chain to draft behind one row of a pass: its tokens are chosen one after the other."""
+    """Tokens of one sequence to compute, and a chain to draft behind them, one token after the other."""
 
-    row: int
-    start: int  # position of the first drafted token
-    block_ids: Sequence[int]  # with room for all drafted tokens but the last
+    token_ids: Sequence[int]
+    start: int  # position of the first one
+    block_ids: Sequence[int]  # with room for all tokens, the drafted ones included but for the last
     temperature: float
     keys: Sequence[int | None]  # of the noise of each token; as many as tokens are wanted, at least one
     min_log_prob: float  # the chain ends with the token at which its log q falls below
@@ -57,8 +57,9 @@ class DraftRunner(Protocol):
     def pick(self, logits: Any, draws: Sequence[Draw], count: int) -> list[Pick]:
         """`count` candidates of each draw, or fewer where there are not so many tokens."""
 
-    def chain(self, logits: Any, chains: Sequence[ChainPass]) -> list[list[tuple[int, float]]]:
-        """Chains of best tokens: (token, log q) of each. All tokens but the last are in the cache afterwards."""
+    def chain(self, chains: Sequence[ChainPass]) -> list[list[tuple[int, float]]]:
+        """Computes the rows' tokens, then chains of best ones: (token, log q) of each. All but a chain's last are in
+        the cache afterwards."""
 
     def laws(self, logits: Any, draws: Sequence[Draw]) -> NDArray[np.float32]:
         """The distribution of each draw, [draws, V]."""

@@ -102,6 +102,13 @@ class Growth(ABC):
         step = noise.row_key(view.seed, view.choice, output_index, noise.Purpose.DRAFT)
         return noise.subkey(step, self.num_draws)
 
+    def keys(self, count: int) -> Sequence[int | None]:
+        """`key_at` of the first depths."""
+        view = self.view
+        if view.temperature < GREEDY_BELOW:
+            return (None,) * count
+        return noise.row_keys(view.seed, view.choice, len(view.token_ids) - view.num_prompt_tokens, count)
+
     def key_at(self, depth: int) -> int | None:
         """Of the target's own noise for the token `depth` places behind the root's next one."""
         view = self.view
@@ -190,10 +197,7 @@ class ModelDrafter(ABC):
             jobs.append(Job(place, growth, text, [-1], {-1: text.main}))
         trees = [EMPTY] * len(views)
         if jobs:
-            logits = runner.compute(passes)
-            for job in jobs:
-                job.text.num_tokens = len(job.growth.view.token_ids)
-            self._grow(runner, cache, jobs, logits, busy)
+            self._draft(runner, cache, jobs, passes, busy)
             for job in jobs:
                 trees[job.place] = job.growth.tree()
         return trees
@@ -221,13 +225,16 @@ class ModelDrafter(ABC):
         assert self._cache is not None, "attached together"
         return self._runner, self._cache
 
-    def _grow(
-        self, runner: DraftRunner, cache: DraftCache, jobs: list[Job], logits: Any, busy: Collection[str]
+    def _draft(
+        self, runner: DraftRunner, cache: DraftCache, jobs: list[Job], passes: list[RowPass], busy: Collection[str]
     ) -> None:
-        """Level by level for all requests at once. `logits` has a row for every open node, job after job."""
+        """Computes what is missing of the texts, one pass each, and grows the trees: level by level, all at once."""
+        logits = runner.compute(passes)
+        for job in jobs:
+            job.text.num_tokens = len(job.growth.view.token_ids)
         while True:
             _ask(runner, jobs, logits)
-            passes: list[RowPass] = []
+            passes = []
             copies: list[tuple[int, int]] = []
             for job in jobs:
                 _open_branches(cache, job, busy, passes, copies)

@@ -53,15 +53,16 @@ class FakeDraftRunner:
             picks.append(Pick(order, log_q[order].astype(np.float32), scores[order].astype(np.float32)))
         return picks
 
-    def chain(self, logits: list[np.ndarray], chains: Sequence[ChainPass]) -> list[list[tuple[int, float]]]:
+    def chain(self, chains: Sequence[ChainPass]) -> list[list[tuple[int, float]]]:
         """One chain after the other, by `pick` and `compute`."""
         found = []
-        for chain in chains:
+        laws = self.compute([RowPass(chain.token_ids, chain.start, chain.block_ids) for chain in chains])
+        for chain, first in zip(chains, laws, strict=True):
             steps: list[tuple[int, float]] = []
-            law, total = logits[chain.row], 0.0
+            law, total, end = first, 0.0, chain.start + len(chain.token_ids)
             for place, key in enumerate(chain.keys):
                 if steps:
-                    row = RowPass([steps[-1][0]], chain.start + place - 1, chain.block_ids)
+                    row = RowPass([steps[-1][0]], end + place - 1, chain.block_ids)
                     (law,) = self.compute([row])
                 (pick,) = self.pick([law], [Draw(0, chain.temperature, key)], 1)
                 steps.append((int(pick.token_ids[0]), float(pick.log_probs[0])))
