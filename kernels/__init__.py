@@ -6,7 +6,7 @@ from kernels.act_and_mul import act_and_mul
 from kernels.attention_scores import attention_scores
 from kernels.block_bounds import bound_scores, update_bounds
 from kernels.block_copy import copy_blocks
-from kernels.embedding import embedding, gather_rows
+from kernels.embedding import embedding, gather_last, gather_rows
 from kernels.kv_write import kv_write, rope_kv_write
 from kernels.linear import PackedLinear, pack_linear
 from kernels.lora import LoraPart, LoraPlan, LoraTable, add_lora, plan_lora
@@ -36,6 +36,7 @@ __all__ = [
     "bound_scores",
     "copy_blocks",
     "embedding",
+    "gather_last",
     "gather_rows",
     "greedy",
     "kv_write",

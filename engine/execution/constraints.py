@@ -25,12 +25,6 @@ MAX_PROTOTYPES = 64
 # Most matchers are built in less; a row whose matcher takes longer sits out steps instead of holding them up.
 PATIENCE_S = 0.005
 MAX_THREADS = 4
-# With so few rows, asking a matcher at once what it forces next is worth the time between two steps that it takes: a
-# forward pass is saved. With more it would take too long, and what is forced shows a token later, with the mask.
-MAX_EAGER_ROWS = 4
-# A step in which any row computes more than one token costs about what so many tokens cost: in a larger batch, what
-# is forced in one step is appended when it saves as many, in all rows together.
-MIN_JUMPED = 3
 ALL_ALLOWED = -1
 
 
@@ -41,8 +35,7 @@ class _Row:
     awaited       text that must come before the constraint applies; empty once it does
     tail          the end of the output that may hold the beginning of `awaited`
     pending       tokens of the output that the matcher has not seen
-    forced        the next tokens, as far as the grammar leaves no choice
-    is_current    the row's mask and `forced` are those of its next token
+    is_current    the row's mask is that of its next token
     """
 
     building: Future[LLMatcher]
@@ -52,7 +45,6 @@ class _Row:
     matcher: LLMatcher | None = None
     tail: bytes = b""
     pending: list[int] = field(default_factory=list)
-    forced: list[int] = field(default_factory=list)
     is_current: bool = False
 
 
@@ -94,6 +86,7 @@ class RowConstraints:
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._follower = ThreadPoolExecutor(1, thread_name_prefix="mask")
         self._following: Future[None] | None = None
+        self._left: set[int] = set()  # rows that were removed while the follower may still write about them
 
     def add_row(
         self, row: int, constraint: CompiledConstraint, output_ids: Sequence[int], params: SamplingParams
@@ -118,9 +111,7 @@ class RowConstraints:
     def remove_row(self, row: int) -> None:
         if self._rows.pop(row, None) is not None:
             self._unbuilt.discard(row)
-            self._wait()
-            self.failed.discard(row)
-            self._masks[row] = ALL_ALLOWED
+            self._left.add(row)
 
     def has(self, row: int) -> bool:
         return row in self._rows
@@ -151,34 +142,36 @@ class RowConstraints:
 
         Those of the rows that are constrained must not be `waiting`.
         """
+        if self._left:
+            self._wait()
         if not self._rows or not any(row in self._rows for row in rows):
             return None
         self.follow(rows)
         self._wait()
         return self._masks[list(rows)].to(self._device, non_blocking=True)
 
-    def advance(self, row: int, token_id: int) -> list[int]:
+    def advance(self, row: int, token_id: int) -> Sequence[int]:
         """The row has chosen a token. Returns those that must follow it; from now on they count as generated.
 
         An end-of-sequence token is the last of them where the grammar allows nothing more.
         """
-        state = self._rows.get(row)
-        if state is None:
-            return []
-        if state.awaited:
-            self._await(state, token_id)
-            return []
-        state.is_current = False
-        known, state.forced = state.forced, []
-        state.pending.append(token_id)
-        if not state.can_jump or token_id in self._eos_token_ids:
-            return []
-        forced = known[1:] if known[:1] == [token_id] else []
-        if not forced and len(self._rows) <= MAX_EAGER_ROWS:
-            self._catch_up(state)
-            forced = self._forced_by(state)
-        state.pending += forced
-        return forced
+        return self.advance_all((row,), (token_id,))[0]
+
+    def advance_all(self, rows: Sequence[int], token_ids: Sequence[int]) -> list[Sequence[int]]:
+        """`advance` of distinct rows that have chosen a token each (negative: none): what must follow each of them."""
+        found: list[Sequence[int]] = [()] * len(rows)
+        for i, row in enumerate(rows):
+            state, token_id = self._rows.get(row), token_ids[i]
+            if state is None or token_id < 0 or row in self.failed:
+                continue
+            if state.awaited:
+                self._await(state, token_id)
+                continue
+            state.is_current = False
+            state.pending.append(token_id)
+            if state.can_jump and token_id not in self._eos_token_ids:
+                found[i] = state.pending = self._forced_after(state)
+        return found
 
     def follow(self, rows: Sequence[int]) -> None:
         """Starts to move these rows' matchers on and to fill their masks; `bitmask` waits for the end."""
@@ -194,6 +187,19 @@ class RowConstraints:
         for state, _ in todo:
             state.is_current = True
         self._following = self._follower.submit(self._follow, todo)
+
+    def _forced_after(self, state: _Row) -> list[int]:
+        """The next tokens as far as there is no choice, with the end of the output if it is reached by then.
+
+        Asked between two steps: a few microseconds where nothing is forced, and where something is, less than the row's
+        share of the forward pass that is saved. In this thread, because to hand it to another one takes longer.
+        """
+        matcher = state.matcher
+        assert matcher is not None, "only rows that have one choose"
+        matcher.consume_tokens(state.pending)
+        if matcher.is_stopped():
+            return [] if matcher.is_error() else list(self._eos_token_ids[:1])
+        return matcher.compute_ff_tokens()
 
     def _await(self, state: _Row, token_id: int) -> None:
         """One more token before the constraint applies, or the one that ends the wait."""
@@ -237,37 +243,6 @@ class RowConstraints:
         self.failed.update([row for matcher, row in masks if matcher.is_error()])
         if endless := [row for state, row in todo if state.ignores_eos]:
             self._withhold_eos(endless)
-        self._find_forced([(state, row) for state, row in todo if state.can_jump])
-
-    def _find_forced(self, todo: list[tuple[_Row, int]]) -> None:
-        has_one = self._has_one_token([row for _, row in todo]) if todo else ()
-        forcing = [state for (state, _), has in zip(todo, has_one, strict=True) if has]
-        found = [self._forced_by(state) for state in forcing]
-        if sum([len(forced) - 1 for forced in found if forced]) >= MIN_JUMPED:
-            for state, forced in zip(forcing, found, strict=True):
-                state.forced = forced
-
-    def _catch_up(self, state: _Row) -> None:
-        assert state.matcher is not None
-        state.matcher.consume_tokens(state.pending)
-        state.pending.clear()
-
-    def _forced_by(self, state: _Row) -> list[int]:
-        """The next tokens as far as there is no choice, with the end of the output if it is reached by then."""
-        matcher = state.matcher
-        assert matcher is not None
-        if matcher.is_stopped():
-            return [] if matcher.is_error() else list(self._eos_token_ids[:1])
-        return matcher.compute_ff_tokens()
-
-    def _has_one_token(self, rows: Sequence[int]) -> np.ndarray:
-        """[len(rows)] bool: the row's mask has a single bit."""
-        masks = self._masks.numpy()[rows].view(np.uint32)
-        has_one = np.count_nonzero(masks, axis=1) == 1
-        if has_one.any():
-            words = masks.max(axis=1)
-            has_one &= (words & (words - 1)) == 0
-        return has_one
 
     def _withhold_eos(self, rows: Sequence[int]) -> None:
         """Takes the end-of-sequence tokens out of those masks that hold others."""
@@ -282,6 +257,10 @@ class RowConstraints:
         if self._following is not None:
             following, self._following = self._following, None
             following.result()
+        for row in self._left:
+            self.failed.discard(row)
+            self._masks[row] = ALL_ALLOWED
+        self._left.clear()
 
     @torch.inference_mode(False)  # or the follower's thread, which is outside of that mode, could not write them
     def _new_masks(self) -> Tensor:

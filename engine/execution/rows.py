@@ -17,8 +17,9 @@ from engine.scheduling.plan import Chunk, NewRow
 
 # Columns that a batch's table has beyond the need, so that growing contexts do not copy it again at every block.
 SPARE_BLOCKS = 16
-# So many tokens in all, per row that there can be, are gathered one by one.
+# So many tokens in all, per row that there can be, are gathered one by one; and a draft or two in any case.
 TOKENS_PER_ROW = 3
+MIN_TOKENS = 128
 
 
 class StepTensors(NamedTuple):
@@ -160,17 +161,22 @@ class RowTable:
         buffers, block_size = self._decode, self._block_size
         max_seqlen_q = max_seq_len = i = 0
         for r, chunk in enumerate(chunks):
-            row, count = chunk.row, chunk.num_tokens
-            dropped = self._num_dropped[row]
+            row, position, count = chunk.row, chunk.start, chunk.num_tokens
+            slot = position - self._num_dropped[row]
             buffers.starts[r] = i
-            for position in range(chunk.start, chunk.start + count):
-                slot = position - dropped
+            end = i + count
+            while i < end:
                 buffers.token_ids[i] = self._token_at[row, position]
                 buffers.positions[i] = position
                 buffers.slots[i] = self._block_at[row, slot // block_size] * block_size + slot % block_size
+                position += 1
+                slot += 1
                 i += 1
-            seq_len = buffers.seq_lens[r] = chunk.start + count - dropped
-            max_seqlen_q, max_seq_len = max(max_seqlen_q, count), max(max_seq_len, seq_len)
+            buffers.seq_lens[r] = slot
+            if slot > max_seq_len:
+                max_seq_len = slot
+            if count > max_seqlen_q:
+                max_seqlen_q = count
         buffers.starts[len(chunks)] = i
         return Gathered(buffers.first_ragged(len(chunks), num_tokens), max_seqlen_q, max_seq_len)
 
@@ -207,7 +213,7 @@ class _DecodeBuffers:
     """Memory of the tensors of steps with one or a few tokens per row, and their views by number of rows."""
 
     def __init__(self, num_rows: int) -> None:
-        self.max_tokens = TOKENS_PER_ROW * num_rows  # beyond, array operations are faster
+        self.max_tokens = max(MIN_TOKENS, TOKENS_PER_ROW * num_rows)  # beyond, array operations are faster
         token_ids, positions, slots = (torch.zeros(self.max_tokens, dtype=torch.int64) for _ in range(3))
         seq_lens = torch.zeros(num_rows, dtype=torch.int32)
         one_each = torch.arange(num_rows + 1, dtype=torch.int32)
@@ -215,28 +221,34 @@ class _DecodeBuffers:
         self._starts = torch.zeros(num_rows + 1, dtype=torch.int32)
         self.token_ids, self.positions, self.slots = token_ids.numpy().data, positions.numpy().data, slots.numpy().data
         self.seq_lens, self.starts = seq_lens.numpy().data, self._starts.numpy().data
-        self._firsts: dict[int, StepTensors] = {}
+        # Views are kept: making five in every step takes as long as filling them.
+        self._firsts: dict[int, StepTensors] = {}  # by rows
+        self._by_tokens: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._by_rows: dict[int, tuple[Tensor, Tensor]] = {}
 
     def first(self, num_rows: int) -> StepTensors:
         """What belongs to the first rows, with a token each."""
         found = self._firsts.get(num_rows)
         if found is None:
-            found = self._firsts[num_rows] = self._part(num_rows, num_rows, self._tensors.cu_seqlens_q)
+            token_ids, positions, slots, one_each, seq_lens = self._tensors
+            found = self._firsts[num_rows] = StepTensors(
+                token_ids[:num_rows],
+                positions[:num_rows],
+                slots[:num_rows],
+                one_each[: num_rows + 1],
+                seq_lens[:num_rows],
+            )
         return found
 
     def first_ragged(self, num_rows: int, num_tokens: int) -> StepTensors:
         """What belongs to the first rows, with so many tokens in all that begin at `starts`."""
-        return self._part(num_rows, num_tokens, self._starts)
-
-    def _part(self, num_rows: int, num_tokens: int, starts: Tensor) -> StepTensors:
-        token_ids, positions, slots, _, seq_lens = self._tensors
-        return StepTensors(
-            token_ids[:num_tokens],
-            positions[:num_tokens],
-            slots[:num_tokens],
-            starts[: num_rows + 1],
-            seq_lens[:num_rows],
-        )
+        tokens, rows = self._by_tokens.get(num_tokens), self._by_rows.get(num_rows)
+        if tokens is None:
+            token_ids, positions, slots, _, _ = self._tensors
+            tokens = self._by_tokens[num_tokens] = token_ids[:num_tokens], positions[:num_tokens], slots[:num_tokens]
+        if rows is None:
+            rows = self._by_rows[num_rows] = self._starts[: num_rows + 1], self._tensors.seq_lens[:num_rows]
+        return StepTensors(*tokens, *rows)
 
 
 class _BatchTable:

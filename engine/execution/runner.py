@@ -5,7 +5,6 @@ Knows rows, slots and tensors; never a request, a priority or a text.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from engine.execution.pooling import PoolingRows
 from engine.execution.rows import RowTable
 from engine.execution.sampler import Sampler
 from engine.execution.speculation import Walker, forget_draft, keep_accepted, taps_of
-from engine.models.batch import KVCache, Model
+from engine.models.batch import ForwardBatch, KVCache, Model
 from engine.scheduling.plan import Chunk, ChunkResult, StepPlan, StepResult
 from engine.types import SamplingParams, TokenLogprob
 
@@ -103,35 +102,39 @@ class ModelRunner:
         if attention is not None:
             batch = replace(batch, attention=attention)
         hidden = self.model.forward(batch, self.cache)  # [T, C]
-        is_plain = self._is_plain(chunks, hidden)
-        result = self._choose_plain(chunks, hidden) if is_plain else self._choose(chunks, hidden)
+        last = self._last_if_plain(chunks, batch, hidden)
+        result = self._choose(chunks, hidden) if last is None else self._choose_plain(chunks, last)
         if attention is None and all(chunk.compaction is None for chunk in chunks):
             return result
         results = list(result.chunks)
         self._policies.commit(chunks, results)
         return StepResult(chunks=tuple(results), sampler_s=result.sampler_s)
 
-    def _is_plain(self, chunks: Sequence[Chunk], hidden: Tensor) -> bool:
-        """Whether all chunks are of rows that want nothing but their next tokens, and nothing stands in the way."""
+    def _last_if_plain(self, chunks: Sequence[Chunk], batch: ForwardBatch, hidden: Tensor) -> Tensor | None:
+        """The last hidden state [R, C] of each chunk, if all are of rows that want nothing but their next tokens, and
+        nothing stands in the way. None if not. hidden [T, C].
+        """
+        if not self._constraints.are_built:
+            return None
         for chunk in chunks:
             if not chunk.is_sampling or chunk.row in self._special_rows:
-                return False
+                return None
             if chunk.draft is not None or chunk.taps is not None:
-                return False
-        has_one_each = hidden.shape[0] == len(chunks)
-        return self._constraints.are_built and (has_one_each or not _broken_chunks(chunks, hidden))
+                return None
+        if hidden.shape[0] == len(chunks):
+            return hidden
+        last, is_finite = kernels.gather_last(hidden, batch.cu_seqlens_q)
+        return last if is_finite else None
 
     def _choose_plain(self, chunks: Sequence[Chunk], hidden: Tensor) -> StepResult:
-        """What `_choose` does, for the steps that are most of a server's life. hidden [T, C]."""
-        if hidden.shape[0] > len(chunks):
-            ends = list(itertools.accumulate([chunk.num_tokens for chunk in chunks]))
-            hidden = kernels.gather_rows(hidden, torch.tensor(ends, device=self._device) - 1)
+        """What `_choose` does, for the steps that are most of a server's life. hidden [R, C]."""
         logits = self.model.logits(hidden)
         started = time.perf_counter()
         rows = [chunk.row for chunk in chunks]
         output_indices = [chunk.output_index for chunk in chunks]
         bitmask = self._constraints.bitmask(rows)
         chosen = self._sampler.sample(logits, rows, output_indices, bitmask)
+        jumped = None if bitmask is None else self._constraints.advance_all(rows, chosen.token_ids)
         failed = self._constraints.failed
         results = []
         for i, (row, output_index, token_id) in enumerate(zip(rows, output_indices, chosen.token_ids, strict=True)):
@@ -140,19 +143,24 @@ class ModelRunner:
                 continue
             self._rows.set_token(row, output_index, token_id)
             logprobs = chosen.logprobs[i] if chosen.logprobs is not None else None
-            token_ids = (token_id,) if bitmask is None else (token_id, *self._forced(row, output_index, token_id))
+            token_ids: tuple[int, ...] = (token_id,)
+            if jumped is not None and jumped[i]:
+                token_ids = (token_id, *self._append_forced(row, output_index, jumped[i]))
             results.append(ChunkResult(token_ids, logprobs=None if logprobs is None else (logprobs,)))
         if bitmask is not None:
             self._constraints.follow(rows)
         return StepResult(chunks=tuple(results), sampler_s=time.perf_counter() - started)
 
-    def _forced(self, row: int, output_index: int, token_id: int) -> list[int]:
-        """Writes what a constraint forces behind a chosen token into the row, and returns it."""
-        # what does not fit is not missed: the request is over then
-        forced = self._constraints.advance(row, token_id)[: self._rows.num_free(row, output_index)]
+    def _append_forced(self, row: int, output_index: int, forced: Sequence[int]) -> Sequence[int]:
+        """Writes what a constraint forces behind a chosen token into the row. Returns as much of it as there is room
+        for: what does not fit is not missed, the request is over then.
+        """
+        forced = forced[: self._rows.num_free(row, output_index)]
+        counts_outputs = self._sampler.counts_outputs(row)
         for index, forced_id in enumerate(forced, start=output_index + 1):
             self._rows.set_token(row, index, forced_id)
-            self._sampler.commit([row], [forced_id])
+            if counts_outputs:
+                self._sampler.commit([row], [forced_id])
         return forced
 
     def _apply(self, plan: StepPlan) -> None:
@@ -227,7 +235,7 @@ class ModelRunner:
         started = time.perf_counter()
         taps = [taps_of(walk, logits, hidden, first) for walk, first in zip(walks, firsts, strict=True)]
         self._walker.run(walks, logits)
-        keep_accepted(walks, self._rows, self.cache)
+        keep_accepted([w for w in walks if not self._policies.has_own_tables(w.chunk.row)], self._rows, self.cache)
         for i, walk, seen in zip(sampling, walks, taps, strict=True):
             results[i] = ChunkResult(
                 token_ids=tuple(walk.tokens),

@@ -1,4 +1,4 @@
-"""Row gather through the native library (kernel.cpp)."""
+"""Row gathers through the native library (kernel.cpp)."""
 
 from __future__ import annotations
 
@@ -18,4 +18,12 @@ def gather(source: Tensor, rows: Tensor, out: Tensor) -> None:
         source.shape[1],
         out.data_ptr(),
         DTYPE_CODES[out.dtype],
+    )
+
+
+def gather_last(x: Tensor, cu_seqlens: Tensor, out: Tensor) -> bool:
+    function = native.function("kvasir_gather_last", PTR, INT, INT, PTR, INT, INT, PTR, restype=INT)
+    num_rows, size = out.shape
+    return bool(
+        function(x.data_ptr(), x.stride(0), DTYPE_CODES[x.dtype], cu_seqlens.data_ptr(), num_rows, size, out.data_ptr())
     )

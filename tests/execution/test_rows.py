@@ -90,6 +90,19 @@ def test_rows_with_a_few_tokens_are_gathered_like_any_others() -> None:
         assert one.tolist() == other.tolist()
 
 
+def test_steps_of_the_same_size_share_their_tensors() -> None:
+    """Steps with a few tokens more than rows come in any order: nothing is allocated for one that was there before."""
+    rows = table()
+    for row in range(3):
+        rows.add(new_row(row, list(range(9)), block_ids=(3 * row, 3 * row + 1, 3 * row + 2)))
+    first = rows.gather([chunk(0, 4, 2), chunk(1, 5, 1), chunk(2, 3, 1)])
+    other = rows.gather([chunk(0, 6, 1), chunk(1, 6, 3), chunk(2, 4, 1)])
+    again = rows.gather([chunk(0, 7, 1), chunk(1, 7, 1), chunk(2, 5, 2)])
+    assert [tensor.shape[0] for tensor in other.tensors] == [5, 5, 5, 4, 3]
+    for one, same in zip(first.tensors, again.tensors, strict=True):
+        assert one is same
+
+
 def test_a_chosen_token_is_the_next_input() -> None:
     rows = table()
     rows.add(new_row(1, [1, 2, 3, 4], block_ids=(9, 8), num_computed=4))

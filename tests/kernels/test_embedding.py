@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -40,8 +42,42 @@ def test_gather_rows_keeps_the_type_and_takes_strided_rows(name: str, dtype: tor
     assert torch.equal(got, x[rows])
 
 
+@pytest.mark.parametrize("name", testing.implementations(OP))
+@pytest.mark.parametrize("dtype", testing.FLOAT_DTYPES)
+def test_the_last_row_of_every_segment_is_gathered(name: str, dtype: torch.dtype) -> None:
+    device = testing.device_of(name)
+    x = testing.strided(torch.randn(9, 37).to(dtype).to(device))
+    starts = torch.tensor([0, 1, 4, 8, 9], dtype=torch.int32, device=device)
+    with backend.using(name):
+        last, is_finite = kernels.gather_last(x, starts)
+    assert is_finite
+    assert last.dtype == dtype
+    assert torch.equal(last, x[[0, 3, 7, 8]])
+
+
+@pytest.mark.parametrize("name", testing.implementations(OP))
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("place", [(0, 0), (5, 36), (8, 17)])
+def test_an_element_that_is_not_finite_is_found_in_any_row(name: str, value: float, place: tuple[int, int]) -> None:
+    x = torch.randn(9, 37, device=testing.device_of(name))
+    x[place] = value
+    with backend.using(name):
+        assert not kernels.gather_last(x, torch.tensor([0, 4, 9], dtype=torch.int32, device=x.device))[1]
+
+
+@pytest.mark.parametrize("name", testing.implementations(OP))
+def test_large_numbers_whose_sum_is_not_finite_are_finite(name: str) -> None:
+    x = torch.full((4, 40), 3e38, device=testing.device_of(name))
+    with backend.using(name):
+        assert kernels.gather_last(x, torch.tensor([0, 4], dtype=torch.int32, device=x.device))[1]
+
+
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"table must be \[rows, H\] float"):
         kernels.embedding(torch.tensor([0]), torch.zeros(3, 4, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"ids must be \[n\] int64"):
         kernels.embedding(torch.tensor([0], dtype=torch.int32), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"x must be \[rows, H\] float"):
+        kernels.gather_last(torch.zeros(3, 4, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"cu_seqlens must be \[R \+ 1\] int32"):
+        kernels.gather_last(torch.zeros(3, 4), torch.tensor([0, 3]))

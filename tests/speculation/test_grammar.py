@@ -77,7 +77,7 @@ def traffic(vocabulary: Vocabulary, tokenizer: Tokenizer, **options: Any) -> lis
     return requests
 
 
-@pytest.mark.parametrize("num_rows", [2, 6])  # few rows append what is forced at once, more when the mask says so
+@pytest.mark.parametrize("num_rows", [2, 6])
 @pytest.mark.parametrize("jump_ahead", [True, False])
 def test_constrained_outputs_are_the_same_with_any_draft(
     num_rows: int, jump_ahead: bool, model: Model, vocabulary: Vocabulary, tokenizer: Tokenizer
