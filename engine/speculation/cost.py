@@ -17,9 +17,11 @@ ROW_EDGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 5
 """Upper ends of the row buckets; what is larger falls into one more."""
 
 _RATE = 0.1  # of a new time in a cell's average, once the cell has as many as that
-_MAX_JUMP = 4.0  # a stall of the machine counts as at most so many times what was known
+_MAX_JUMP = 1.5  # a stall of the machine counts as at most so many times what was known: a few must not turn a decision
+_LASTS = 16  # observations for which a curve is used before it is made anew
 _NUM_FIRST = 3  # of the first so many times of a cell the shortest counts: first calls also build and load things
-_ASSUMED_ROWS = 16.0  # before anything is known: so many rows take twice the time of one
+_ASSUMED_OVERHEAD = 1.3  # likewise: of a step that verifies over a plain one
+_ASSUMED_ROWS = 16.0  # before anything is known: so many rows more take twice the time of one
 
 
 @dataclass(slots=True)
@@ -48,7 +50,7 @@ class CostCurve:
         self._seconds = levels
         self._rows_array, self._seconds_array = np.array(self._rows), np.array(levels)  # lists cost ten times as much
         if len(points) == 1:
-            self._slope_after = levels[0] / _ASSUMED_ROWS
+            self._slope_after = levels[0] / (points[0][0] - 1.0 + _ASSUMED_ROWS)
         else:
             # a last stretch that happened to be flat does not make all rows after it free
             self._slope_after = max(self._slope(-2), self._slope(0))
@@ -81,6 +83,8 @@ class CostTable:
     def __init__(self) -> None:
         self._cells: tuple[dict[int, dict[int, _Cell]], ...] = ({}, {})  # [is plain][context bucket][row bucket]
         self._curves: dict[tuple[bool, int], CostCurve] = {}
+        self._num_unseen = 0  # observations that the curves do not have
+        self.is_settled = False  # whether anything was measured often enough to be believed
 
     def observe(self, num_rows: int, num_context_tokens: int, seconds: float, *, is_plain: bool) -> None:
         """A step took so long. is_plain: every row was one decoded token, and nothing was drafted."""
@@ -91,15 +95,14 @@ class CostTable:
         place = bisect_left(ROW_EDGES, num_rows)
         cell = cells.get(place)
         if cell is None:
-            cells[place] = _Cell(float(num_rows), seconds)
+            cell = cells[place] = _Cell(float(num_rows), seconds)
         else:
             cell.add(num_rows, seconds)
-        self._curves.clear()
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether anything was measured often enough to be believed."""
-        return any(_settled(tables) for tables in self._cells)
+        self._num_unseen += 1
+        if cell.count <= _NUM_FIRST or self._num_unseen >= _LASTS:
+            self._curves.clear()
+            self._num_unseen = 0
+            self.is_settled = self.is_settled or cell.count >= _NUM_FIRST
 
     def knows_plain(self, num_rows: int, num_context_tokens: int) -> bool:
         """Whether plain steps of about so many rows were measured, at the nearest context that there is."""
@@ -119,7 +122,7 @@ class CostTable:
         return self.curve(num_context_tokens, is_plain=True).at(num_rows)
 
     def curve(self, num_context_tokens: int, *, is_plain: bool = False) -> CostCurve:
-        """Costs at one context, for many calls. Changes with what is observed later only if asked for again."""
+        """Costs at one context, for many calls. What is observed later shows in curves that are asked for later."""
         key = (is_plain, context_bucket(num_context_tokens))
         found = self._curves.get(key)
         if found is None:
@@ -127,13 +130,16 @@ class CostTable:
         return found
 
     def _make(self, is_plain: bool, bucket: int) -> CostCurve:
-        tables = _settled(self._cells[is_plain]) or _settled(self._cells[not is_plain])
+        own, other = _settled(self._cells[is_plain]), _settled(self._cells[not is_plain])
+        share = 1.0 if is_plain or own or not other else _ASSUMED_OVERHEAD
+        tables = own or other
         tables = tables or self._cells[is_plain] or self._cells[not is_plain]
         if not tables:
             return CostCurve([(1.0, 1.0, 1.0)])
         cells = tables[min(tables, key=lambda other: (abs(other - bucket), other))]
         points = [
-            (cell.num_rows, cell.seconds, float(min(cell.count, 1.0 / _RATE))) for _, cell in sorted(cells.items())
+            (cell.num_rows, share * cell.seconds, float(min(cell.count, 1.0 / _RATE)))
+            for _, cell in sorted(cells.items())
         ]
         return CostCurve(points)
 

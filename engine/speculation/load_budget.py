@@ -5,27 +5,57 @@ Implements engine.speculation.manager.Budget. Knows views and trees; the core te
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from engine.speculation.base import RequestView
 from engine.speculation.budget import Load, prune, select, worth_guessing
 from engine.speculation.calibration import Calibration
-from engine.speculation.cost import CostTable
+from engine.speculation.cost import CostTable, context_bucket
 from engine.speculation.manager import BudgetFigures
 from engine.speculation.tree import DraftTree
 
-_HOPE = 3.0  # accepted tokens that a request is expected to give before it has been seen
+_HOPE = 3.0  # accepted tokens per draft that are expected before any has been seen
+_FIRST_HOPE = 8.0  # of a new request, where a guess takes little: the guess itself will tell more
+_LITTLE = 0.1  # of a plain step
+_LONGEST = 16  # more is not expected of any
 _RATE = 0.2  # of a new draft in a request's average
+_TYPICAL_RATE = 0.05  # and in the average of all, with which new requests begin
 _RECOVERY = 0.003  # per step without a draft, back to hope: what failed once is tried again
-_TRIAL_EVERY = 200  # steps without any draft after which one is tried, so that a wrong cost does not stay for ever
+_FIRST_TRIAL = 10  # steps without any draft after which one is tried, because costs that were never seen are guessed
+_TRIAL_EVERY = 200  # the same later, so that a wrong cost does not stay for ever
+_TRIAL_STEPS = 3  # one after the other: as often as a cost must be seen to be believed
 _TRIAL_NODES = 4
+_MARGIN = 1.05  # of the rate of plain steps: what gains less than costs are known to vary is not worth it
+_TRIAL_SHARE = 4  # a trial is made with one request of so many
 _FEWER = 0.75  # share of the rows from which on a refusal does not hold any more
-_LONGEST_REST = 16  # steps in which nothing is asked again after it was not worth it
+_LONGEST_REST = 32  # steps in which nothing is asked again after it was not worth it
+_LONGEST_HOLD = 16  # steps for which a selection holds that was found again and again
+_SIMILAR = 0.75  # share of the nodes of one selection that the next must have to count as found again
+_PATIENCE = 4  # guesses in a row of which nothing was selected, after which it counts as not worth it
+
+
+@dataclass(slots=True)
+class _Decision:
+    """What a look at all nodes has found: it holds for a number of steps of the same requests."""
+
+    keys: list[str]
+    wanted: list[int]
+    situation: tuple[int, int, bool]  # rows, context bucket, whether prompts wait
+    caps: list[int]
+    num_steps: int  # for which it holds
+    num_left: int
+    num_nodes: int  # of all requests
+    num_failed: int = 0  # drafts of which less than half was accepted
 
 
 class LoadAwareBudget:
-    """Drafts where the batch gains by it. One thread calls everything."""
+    """Drafts where the batch gains by it. One thread calls everything.
+
+    Looking at every node of every draft takes longer than a short step saves. So what was found holds for some steps,
+    the more the more often the same was found, and as long as the drafts succeed; a guess has no more nodes then than
+    were worth it before. Acceptance is learnt from the drafts that were looked at.
+    """
 
     def __init__(
         self,
@@ -48,7 +78,7 @@ class LoadAwareBudget:
         self._num_free_slots = num_free_slots
         self._guess_costs: dict[str, CostTable] = {}  # by drafter; its rows are requests
         self._allowed: frozenset[str] = frozenset()
-        self._lengths: dict[str, float] = {}  # accepted tokens per draft, by request
+        self._lengths: dict[str, float] = {}  # accepted tokens per draft, by request that had one
         self._num_refused = 0  # steps since anything was drafted
         self._is_trial = False  # the step at hand
         self._rest = 0  # steps for which the last refusal still holds
@@ -56,6 +86,16 @@ class LoadAwareBudget:
         self._rested_rows = 0
         self._rate = 0.0  # expected tokens per second of the last selection
         self._num_selected = 0  # nodes in it
+        self._typical = _HOPE  # accepted tokens per draft, of all requests
+        self._expected = _HOPE  # the same of a request that has not been seen
+        self._decision: _Decision | None = None
+        self._wanted: Sequence[int] = ()  # of the step at hand
+        self._situation = (0, 0, False)  # likewise
+        self._is_look = True  # whether the nodes of the step at hand are looked at
+        self._num_empty = 0  # looks in a row that selected nothing
+        self._num_trials = 0
+        self._next_trial = _FIRST_TRIAL
+        self._trial_left = 0  # steps
 
     def rests(self, num_rows: int) -> bool:
         """Whether to leave this step alone without looking at requests. Asked once per step, before `caps`.
@@ -63,9 +103,12 @@ class LoadAwareBudget:
         What was not worth it a moment ago, with as many rows, is not asked again in every step.
         """
         self._num_refused += 1
-        self._is_trial = self._num_refused >= _TRIAL_EVERY
-        if self._is_trial:
+        if self._num_refused >= self._next_trial:
             self._num_refused = self._rest = 0
+            self._next_trial = min(2 * self._next_trial, _TRIAL_EVERY)
+            self._trial_left = _TRIAL_STEPS
+            self._num_trials += 1
+        self._is_trial = self._trial_left > 0
         if self._rest == 0 or num_rows < _FEWER * self._rested_rows:
             return False
         self._rest -= 1
@@ -83,13 +126,23 @@ class LoadAwareBudget:
         What passes here may still be cut by `select`; a request is not cut short before its tree is seen.
         """
         context = _context(views)
+        self._wanted = wanted
+        self._situation = (num_rows, context_bucket(context), self._num_waiting_tokens() > 0)
+        if not self._is_trial and self._still_holds(views):
+            assert self._decision is not None, "it holds"
+            self._decision.num_left -= 1
+            self._is_look = False
+            self._num_refused = 0
+            return self._decision.caps
+        self._is_look = True
         if not self.costs.knows_plain(num_rows, context):
             return [0] * len(views)  # without the cost of plain steps nobody can say what beats them
         if self._is_trial:
-            self._allowed = frozenset(name for own in drafters for name in own)
-            return [min(most, _TRIAL_NODES) for most in wanted]
+            return self._trial(wanted, drafters)
+        plain_cost = self.costs.plain_cost(num_rows, context)
+        self._expected = self._typical if self._is_dear(drafters, plain_cost) else _FIRST_HOPE
         outlooks = [
-            _outlook(self._lengths.get(view.key, _HOPE), min(most, view.max_depth))
+            _outlook(self._lengths.get(view.key, self._expected), min(most, view.max_depth))
             for view, most in zip(views, wanted, strict=True)
         ]
         found = worth_guessing(
@@ -97,19 +150,48 @@ class LoadAwareBudget:
             drafters,
             self._guess_cost,
             self.costs.curve(context),
-            plain_cost=self.costs.plain_cost(num_rows, context),
+            plain_cost=plain_cost,
             load=self._load(num_rows),
             max_nodes=self._num_free_slots(),
         )
         if not any(found.num_nodes):
-            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
-            self._rested_rows = num_rows
-            self._recover(views)
+            self._refuse(views, num_rows)
             return [0] * len(views)
-        self._num_refused, self._next_rest = 0, 1
+        self._num_refused = 0
         self._allowed = found.sources
         self._recover([view for view, count in zip(views, found.num_nodes, strict=True) if count == 0])
         return [most if count > 0 else 0 for most, count in zip(wanted, found.num_nodes, strict=True)]
+
+    def _still_holds(self, views: Sequence[RequestView]) -> bool:
+        """Whether the last decision may be used once more."""
+        decision = self._decision
+        return (
+            decision is not None
+            and decision.num_left > 0
+            and decision.situation == self._situation
+            and decision.keys == [view.key for view in views]
+            and decision.wanted == list(self._wanted)
+            and self._num_free_slots() >= sum(decision.caps)
+        )
+
+    def _trial(self, wanted: Sequence[int], drafters: Sequence[Sequence[str]]) -> list[int]:
+        """A few nodes for some requests, the next time for others."""
+        self._decision = None
+        self._num_refused = 0
+        self._trial_left -= 1
+        self._allowed = frozenset(name for own in drafters for name in own)
+        return [
+            min(most, _TRIAL_NODES) if (place + self._num_trials) % min(_TRIAL_SHARE, len(wanted)) == 0 else 0
+            for place, most in enumerate(wanted)
+        ]
+
+    def _refuse(self, views: Sequence[RequestView], num_rows: int) -> None:
+        """It is not worth it: for some steps nothing is asked."""
+        self._decision = None
+        self._num_empty = _PATIENCE - 1  # after the rest one more look is enough
+        self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
+        self._rested_rows = num_rows
+        self._recover(views)
 
     def allows(self, drafter: str) -> bool:
         """Whether the drafter is worth its time in this step: after `caps`, for requests that may have nodes."""
@@ -117,16 +199,16 @@ class LoadAwareBudget:
 
     def _recover(self, views: Sequence[RequestView]) -> None:
         for view in views:
-            length = self._lengths.get(view.key)
-            if length is not None:
+            length = self._lengths.get(view.key, self._expected)
+            if length < _HOPE:
                 self._lengths[view.key] = length + self._next_rest * _RECOVERY * (_HOPE - length)
 
     def select(self, views: Sequence[RequestView], trees: Sequence[DraftTree], num_rows: int) -> list[DraftTree]:
         """What of the guesses is worth its cost, with calibrated values. Sampled drafts stay whole."""
-        if self._is_trial:
+        if self._is_trial or not self._is_look:
             return list(trees)
-        judged = [
-            tree if tree.kind != "delta" else dataclasses.replace(tree, values=self.calibration.values(view.key, tree))
+        values = [
+            self.calibration.values(view.key, tree) if tree.kind == "delta" else ()
             for view, tree in zip(views, trees, strict=True)
         ]
         fixed = [tree for tree in trees if tree.kind != "delta"]
@@ -134,23 +216,61 @@ class LoadAwareBudget:
         context = _context(views)
         curve, plain_cost = self.costs.curve(context), self.costs.plain_cost(num_rows, context)
         found = select(
-            [tree.values if tree.kind == "delta" else () for tree in judged],
+            values,
             [1.0] * len(views),
             curve,
             plain_cost=plain_cost if num_fixed == 0 else curve.at(num_rows + num_fixed),
             load=self._load(num_rows + num_fixed),
             max_nodes=self._num_free_slots() - num_fixed,
             base_gain=num_rows + sum(sum(tree.values) for tree in fixed),
-            least_rate=num_rows / plain_cost,
+            least_rate=_MARGIN * num_rows / plain_cost,
         )
         self._rate, self._num_selected = found.rate, found.num_nodes + num_fixed
-        return [prune(tree, nodes) for tree, nodes in zip(judged, found.nodes, strict=True)]
+        kept = [prune(tree, nodes) for tree, nodes in zip(trees, found.nodes, strict=True)]
+        self._decide(views, trees, kept, num_rows)
+        return kept
+
+    def _decide(
+        self, views: Sequence[RequestView], trees: Sequence[DraftTree], kept: Sequence[DraftTree], num_rows: int
+    ) -> None:
+        """What was selected now is the bound of the next steps' guesses; nothing, and they may rest soon."""
+        for view, tree, own in zip(views, trees, kept, strict=True):
+            if tree.tokens and not own.tokens:  # a guess that is not worth checking is one more that was not accepted
+                length = self._lengths.get(view.key, self._expected)
+                self._lengths[view.key] = length - _RATE * length
+                self._typical -= _TYPICAL_RATE * self._typical
+        num_nodes = sum(map(len, kept))
+        if num_nodes == 0:
+            self._decision = None
+            self._num_empty += 1
+            if self._num_empty >= _PATIENCE:
+                self._refuse(views, num_rows)
+            return
+        self._num_empty, self._next_rest = 0, 1
+        before, wanted = self._decision, self._wanted
+        num_steps = 1
+        if before is not None and before.num_failed == 0 and _SIMILAR <= num_nodes / before.num_nodes <= 1 / _SIMILAR:
+            num_steps = min(2 * before.num_steps, _LONGEST_HOLD)
+        caps = [
+            most if len(own) == len(tree) > 0 else len(own) for tree, own, most in zip(trees, kept, wanted, strict=True)
+        ]
+        keys = [view.key for view in views]
+        self._decision = _Decision(keys, list(wanted), self._situation, caps, num_steps, num_steps, num_nodes)
 
     def observe(self, view: RequestView, tree: DraftTree, accepted: Sequence[int]) -> None:
         """What became of a tree: the path of its nodes that were accepted."""
-        length = self._lengths.get(view.key, _HOPE)
-        self._lengths[view.key] = length + _RATE * (len(accepted) - length)
-        self.calibration.observe(view.key, tree, accepted)
+        depth = max(tree.depths)
+        # of a draft that was accepted to its end nobody knows how much longer it might have been
+        found = len(accepted) if len(accepted) < depth else min(2 * depth, _LONGEST)
+        length = self._lengths.get(view.key)
+        self._lengths[view.key] = found if length is None else length + _RATE * (found - length)
+        self._typical += _TYPICAL_RATE * (found - self._typical)
+        if self._is_look:
+            self.calibration.observe(view.key, tree, accepted)
+        elif self._decision is not None and 2 * len(accepted) < depth:
+            self._decision.num_failed += 1
+            if 2 * self._decision.num_failed > len(self._decision.keys):
+                self._decision.num_left = 0
 
     def figures(self) -> BudgetFigures:
         return BudgetFigures(self._rate, self._num_selected, self.calibration.error)
@@ -170,6 +290,11 @@ class LoadAwareBudget:
 
     def _load(self, num_rows: int) -> Load:
         return Load(num_rows, self._num_waiting_tokens(), self._max_rows)
+
+    def _is_dear(self, drafters: Sequence[Sequence[str]], plain_cost: float) -> bool:
+        """Whether a guess of all who would be asked takes more than a little."""
+        names = frozenset(name for own in drafters for name in own)
+        return sum(self._guess_cost(name, len(drafters)) for name in names) > _LITTLE * plain_cost
 
     def _guess_cost(self, drafter: str, num_requests: int) -> float:
         costs = self._guess_costs.get(drafter)

@@ -14,10 +14,11 @@ from typing import ParamSpec, Protocol, TypeVar
 
 import msgspec
 
+from engine.errors import ConfigError
 from engine.scheduling.drafts import Progress, max_depth
 from engine.scheduling.plan import StepPlan
 from engine.scheduling.request import Request, Status
-from engine.speculation.base import NO_TAPS, Drafter, RequestView, Taps
+from engine.speculation.base import NO_TAPS, Drafter, RequestView, TapRows, Taps
 from engine.speculation.tree import EMPTY, DraftTree
 from engine.speculation.tree_merge import merge
 from engine.types import EngineStats
@@ -25,6 +26,7 @@ from engine.types import EngineStats
 logger = logging.getLogger(__name__)
 
 MAX_TIMINGS = 4096  # kept between two reports
+REST_TIMED = 4  # while nothing is guessed, one step of so many is timed
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
@@ -121,6 +123,19 @@ class FixedBudget:
         """Times change nothing either."""
 
 
+@dataclass(slots=True)
+class _Followed:
+    """
+    key       under which drafters know a request
+    num_told  tokens of it that they have been told of
+    needs     what they want to see of its steps
+    """
+
+    key: str
+    num_told: int
+    needs: Taps
+
+
 class Speculation:
     """All drafters of an engine. One thread calls everything."""
 
@@ -133,7 +148,9 @@ class Speculation:
         self._vocab_size = vocab_size
         self._budget = budget
         self._drafters: dict[str, Drafter] = {}
-        self._known: dict[Request, str] = {}  # the key under which drafters know a request
+        self._known: dict[Request, _Followed] = {}
+        self._is_resting = False  # nothing is guessed for the step at hand
+        self._num_timed = 0
         self._failed: set[str] = set()
         self._num_proposed: Counter[str] = Counter()  # nodes by drafter, before they were merged and cut
         self._seconds: deque[float] = deque(maxlen=MAX_TIMINGS)
@@ -164,18 +181,38 @@ class Speculation:
             request, tree = step.request, step.draft or EMPTY
             if request not in self._known:
                 self._admit(request)
-            new_tokens = request.token_ids[len(request.token_ids) - step.num_new_tokens :]
+            self._tell(request, len(request.token_ids) - step.num_new_tokens)
             if tree.tokens:
                 self._budget.observe(self._view(request), tree, step.accepted)
-            for drafter in self._of(request):
-                key, taps = self._known[request], step.taps or NO_TAPS
-                self._call(drafter, drafter.on_commit, key, tree, step.accepted, new_tokens, taps)
+            self._tell(request, len(request.token_ids), tree, step.accepted, step.taps or NO_TAPS)
         self.forget()
+
+    def _tell(
+        self,
+        request: Request,
+        num_tokens: int,
+        tree: DraftTree = EMPTY,
+        accepted: Sequence[int] = (),
+        taps: TapRows = NO_TAPS,
+    ) -> None:
+        """Drafters learn the request's first `num_tokens` tokens, as far as they do not know them.
+
+        Tokens of steps in which nothing was guessed wait until a guess needs them: while nothing is, they cost nothing.
+        """
+        followed = self._known[request]
+        if followed.num_told >= num_tokens:
+            return
+        new_tokens = request.token_ids[followed.num_told : num_tokens]
+        followed.num_told = num_tokens
+        for drafter in self._of(request):
+            self._call(drafter, drafter.on_commit, followed.key, tree, accepted, new_tokens, taps)
 
     def forget(self) -> None:
         """Drops what is kept for requests that are over."""
         for request in [request for request in self._known if request.status is Status.FINISHED]:
-            key = self._known.pop(request)
+            if not self._is_resting:  # else nobody has use for it, and to learn it takes its time
+                self._tell(request, len(request.token_ids))
+            key = self._known.pop(request).key
             self._budget.forget(key)
             for drafter in self._of(request):
                 self._call(drafter, drafter.drop, key)
@@ -184,13 +221,19 @@ class Speculation:
         """What a step took without the guess for the next one. Costs are of interest while somebody speculates."""
         if not self._known or not plan.chunks:
             return
+        self._num_timed += 1
+        if self._is_resting and self._num_timed % REST_TIMED:
+            return
         is_plain = all(chunk.is_decode and chunk.draft is None for chunk in plan.chunks)
         context = sum([chunk.start for chunk in plan.chunks])
         self._budget.time_step(plan.num_tokens, context, seconds, is_plain=is_plain)
 
     def guess(self, running: Sequence[Request]) -> None:
         """Sets the drafts of the requests that will decode in the next step."""
-        if not self._known or self._budget.rests(len(running)):
+        if not self._known:
+            return
+        if self._budget.rests(len(running)):
+            self._rest(True)
             return
         started = time.perf_counter()
         asking = [request for request in running if request in self._known and _may_guess(request)]
@@ -200,18 +243,36 @@ class Speculation:
         wanted = [request.speculating.options.max_nodes if request.speculating else 0 for request in asking]
         names = [request.speculating.options.drafters if request.speculating else () for request in asking]
         caps = self._budget.caps(views, wanted, len(running), names)
-        if any(caps):
+        self._rest(not any(caps))
+        if not self._is_resting:
             found = self._propose(asking, views, caps)
             for request, tree in zip(asking, self._budget.select(views, found, len(running)), strict=True):
                 assert request.speculating is not None, "only such requests ask"
                 request.speculating.draft = tree
         self._seconds.append(time.perf_counter() - started)
 
+    def _rest(self, is_resting: bool) -> None:
+        """While nothing is guessed, no step shows its best tokens either: that takes it off the plain path. Hidden
+        states are shown all the same, because who reads them cannot do without any.
+        """
+        if is_resting != self._is_resting:
+            self._is_resting = is_resting
+            for request, followed in self._known.items():
+                self._show(request, followed)
+
+    def _show(self, request: Request, followed: _Followed) -> None:
+        assert request.speculating is not None, "only requests that speculate are followed"
+        if followed.needs == Taps(topk=followed.needs.topk):
+            request.speculating.taps = followed.needs if followed.needs.topk and not self._is_resting else None
+        else:
+            request.speculating.taps = followed.needs
+
     def _propose(self, asking: Sequence[Request], views: Sequence[RequestView], caps: Sequence[int]) -> list[DraftTree]:
         found: list[list[DraftTree]] = [[] for _ in asking]
         users: dict[str, list[int]] = {}
         for i, request in enumerate(asking):
             if caps[i] > 0:
+                self._tell(request, len(request.token_ids))
                 for drafter in filter(lambda drafter: self._budget.allows(drafter.name), self._of(request)):
                     users.setdefault(drafter.name, []).append(i)
         for name, places in users.items():
@@ -235,7 +296,7 @@ class Speculation:
     def _drafter(self, name: str) -> Drafter | None:
         if name not in self._drafters and name not in self._failed:
             try:
-                self._drafters[name] = self._make(name)
+                self._drafters[name] = _checked(self._make(name))
             except Exception as error:
                 self._blame(name, repr(error), is_exception=True)
         return self._drafters.get(name)
@@ -249,18 +310,19 @@ class Speculation:
             needs = needs.union(drafter.needs)
             prompt = request.token_ids[: request.num_prompt_tokens]
             self._call(drafter, drafter.admit, key, prompt, request.tenant)
-        self._known[request] = key
-        for sibling in [request, *request.family.choices.values()]:
-            if sibling not in self._known and sibling.speculating is not None:
-                self._known[sibling] = _key(sibling)
-                for drafter in self._of(sibling):
-                    self._call(drafter, drafter.fork, key, self._known[sibling])
-            if sibling.speculating is not None and needs != Taps():
-                sibling.speculating.taps = needs
+        for own in [request, *request.family.choices.values()]:
+            if own in self._known or own.speculating is None:
+                continue
+            self._known[own] = followed = _Followed(_key(own), own.num_prompt_tokens, needs)
+            own.speculating.is_followed = True
+            self._show(own, followed)
+            if own is not request:
+                for drafter in self._of(own):
+                    self._call(drafter, drafter.fork, key, followed.key)
 
     def _view(self, request: Request) -> RequestView:
         return RequestView(
-            key=self._known[request],
+            key=self._known[request].key,
             token_ids=request.token_ids,
             num_prompt_tokens=request.num_prompt_tokens,
             tenant=request.tenant,
@@ -294,6 +356,13 @@ class Speculation:
         if name not in self._failed:
             self._failed.add(name)
             logger.error("drafter %s failed, its guess is left out: %s", name, problem, exc_info=is_exception)
+
+
+def _checked(drafter: Drafter) -> Drafter:
+    """Raises ConfigError for what no model can show: a drafter must not wait for it in silence."""
+    if layers := drafter.needs.hidden_layers:
+        raise ConfigError(f"drafter {drafter.name} needs the residual stream behind layers {layers}; no model shows it")
+    return drafter
 
 
 def _joined(trees: Sequence[DraftTree], max_nodes: int) -> DraftTree:

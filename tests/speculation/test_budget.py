@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from engine.speculation import budget as budget_module
+from engine.speculation import load_budget
 from engine.speculation.base import RequestView
-from engine.speculation.budget import Load, prune, select, worth_guessing
+from engine.speculation.budget import Load, Selection, prune, select, worth_guessing
 from engine.speculation.calibration import Calibration
 from engine.speculation.cost import CostTable
 from engine.speculation.load_budget import LoadAwareBudget
@@ -71,6 +73,27 @@ def test_the_scan_finds_what_brute_force_over_connected_sets_finds(seed: int) ->
     assert found.rate == pytest.approx(best_by_brute_force(trees, weights, lambda nodes: cost(3 + nodes)), rel=1e-12)
     for (parents, _), nodes in zip(trees, found.nodes, strict=True):
         assert is_connected(parents, nodes)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_few_nodes_are_selected_as_many_are(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(seed)
+    trees = values_of([random_tree(rng, int(rng.integers(0, 12))) for _ in range(4)])
+    cost, weights = each(staircase(rng, 80)), rng.choice([0.5, 1.0, 2.0], size=4).tolist()
+
+    def found() -> Selection:
+        return select(
+            trees, weights, cost, plain_cost=float(rng.uniform(0.5, 2.0)), load=Load(4, max_rows=30),
+            max_nodes=int(rng.integers(0, 30)), least_rate=float(rng.uniform(0.0, 3.0)),
+        )  # fmt: skip
+
+    state = rng.bit_generator.state
+    few = found()
+    monkeypatch.setattr(budget_module, "_FEW", -1)
+    rng.bit_generator.state = state
+    many = found()
+    assert few.nodes == many.nodes
+    assert (few.gain, few.rate) == pytest.approx((many.gain, many.rate))
 
 
 def test_stopping_at_the_first_drop_would_miss_the_best_place_of_a_staircase() -> None:
@@ -238,8 +261,9 @@ def test_where_drafting_never_pays_it_is_tried_once_in_a_long_while() -> None:
     budget = budget_with(lambda rows: float(rows))
     tree = DraftTree.chain((1, 2), source="s", values=(0.9, 0.8))
     tried = [step for step in range(1_000) if any(caps_of(budget))]
-    assert len(tried) == 5
-    assert np.diff(tried).tolist() == [200] * 4
+    begun = [step for step in tried if step - 1 not in tried]
+    assert len(tried) == 3 * len(begun)  # as often as a cost must be seen to be believed
+    assert np.diff([-1, *begun]).tolist() == [10, 22, 42, 82, 162, 202, 202, 202]  # what is not known yet, soon
     assert budget.allows("s")
     while not any(caps_of(budget)):
         assert budget.select([view("a")], [tree], 1)[0].tokens == ()
@@ -279,6 +303,108 @@ def test_sampled_drafts_are_counted_but_not_cut() -> None:
     q = np.full((3, 4), 0.25, dtype=np.float32)
     sampled = DraftTree((1, 2), (-1, 0), (0.2, 0.1), ("m", "m"), kind="swor", q=q)
     host = DraftTree.chain((1, 2), source="s", values=(0.9, 0.8))
+    budget.caps([view("a"), view("b")], [4, 4], 2, [["m"], ["s"]])
     found = budget.select([view("a"), view("b")], [sampled, host], 2)
     assert found[0] is sampled
     assert found[1].tokens == ()
+
+
+class Counted:
+    """Calls of a function that go on to it."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        self.function = function
+        self.count = 0
+
+    def __call__(self, *args: object, **options: object) -> object:
+        self.count += 1
+        return self.function(*args, **options)
+
+
+def run_steps(budget: LoadAwareBudget, num_steps: int, *, succeeds: bool, num_requests: int = 1) -> list[int]:
+    """Drafted nodes by step of requests whose guesses are all right, or all wrong."""
+    views = [view(f"r{i}") for i in range(num_requests)]
+    drafted = []
+    for _ in range(num_steps):
+        caps = (
+            [0]
+            if budget.rests(num_requests)
+            else budget.caps(views, [4] * num_requests, num_requests, [["s"]] * num_requests)
+        )
+        trees: list[DraftTree] = []
+        if any(caps):
+            guesses = [
+                DraftTree.chain((1, 2, 3, 4)[:cap], source="s", values=(0.9, 0.8, 0.7, 0.6)[:cap]) for cap in caps
+            ]
+            trees = budget.select(views, guesses, num_requests)
+            for own, tree in zip(views, trees, strict=True):
+                if tree.tokens:
+                    budget.observe(own, tree, tuple(range(len(tree))) if succeeds else ())
+        drafted.append(sum(map(len, trees)))
+    return drafted
+
+
+@pytest.mark.parametrize("num_requests", [1, 5])
+def test_a_selection_holds_while_drafts_succeed(num_requests: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = budget_with(lambda rows: 1.0 + rows / 1000)
+    selects, looks = Counted(select), Counted(worth_guessing)
+    monkeypatch.setattr(load_budget, "select", selects)
+    monkeypatch.setattr(load_budget, "worth_guessing", looks)
+    assert run_steps(budget, 400, succeeds=True, num_requests=num_requests) == [4 * num_requests] * 400
+    assert selects.count == looks.count < 400 / 12
+
+
+def test_a_selection_ends_with_the_success_of_its_drafts() -> None:
+    """Nothing but what was drafted while it held is lost by it."""
+    budget = budget_with(lambda rows: 1.0 + rows / 10)
+    run_steps(budget, 100, succeeds=True)
+    drafted = run_steps(budget, 100, succeeds=False)
+    assert sum(count > 0 for count in drafted) < 40
+    assert sum(count > 0 for count in drafted[-50:]) <= 10
+
+
+def test_a_selection_holds_for_its_own_requests_and_load_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = [0]
+    budget = budget_with(lambda rows: 1.0 + rows / 1000, num_waiting_tokens=lambda: waiting[0])
+    selects = Counted(select)
+    monkeypatch.setattr(load_budget, "select", selects)
+
+    def look(views: Sequence[RequestView], num_rows: int) -> bool:
+        """Whether a step of these requests looks at the nodes."""
+        before = selects.count
+        caps = budget.caps(views, [4] * len(views), num_rows, [["s"]] * len(views))
+        budget.select(views, [DraftTree.chain((1, 2, 3, 4)[:cap], source="s") for cap in caps], num_rows)
+        return selects.count > before
+
+    run_steps(budget, 50, succeeds=True)
+    same = [look([view("r0")], 1) for _ in range(17)]
+    assert 1 <= same.count(True) <= 2
+    assert look([view("r1")], 1)
+    assert look([view("r1")], 2)
+    assert look([view("r1"), view("r2")], 2)
+    waiting[0] = 100
+    assert look([view("r1"), view("r2")], 2)
+
+
+def test_a_draft_keeps_the_values_that_its_drafter_gave() -> None:
+    """What becomes of it is counted where the next guess of the same kind will look."""
+    budget = budget_with(lambda rows: 1.0 + rows / 1000)
+    tree = DraftTree.chain((1, 2), source="s", values=(0.3, 0.1))
+    for _ in range(30):
+        budget.calibration.observe("other", tree, (0, 1))
+    budget.caps([view("a")], [4], 1, [["s"]])
+    found = budget.select([view("a")], [tree], 1)[0]
+    assert found == tree
+    assert budget.calibration.values("a", tree)[1] > 0.5
+
+
+def test_a_trial_asks_some_of_the_requests() -> None:
+    budget = budget_with(lambda rows: float(rows))
+    views = [view(f"r{i}") for i in range(8)]
+    tried = []
+    for _ in range(300):
+        caps = [0] * 8 if budget.rests(8) else budget.caps(views, [6] * 8, 8, [["s"]] * 8)
+        if any(caps):
+            tried.append(caps)
+    assert all(sorted(caps) == [0] * 6 + [4] * 2 for caps in tried)
+    assert all(any(caps[place] for caps in tried) for place in range(8)), "everybody's turn comes"

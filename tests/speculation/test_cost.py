@@ -102,3 +102,33 @@ def test_steps_without_rows_or_time_teach_nothing() -> None:
     table.observe(0, 10, 1.0, is_plain=True)
     table.observe(4, 10, 0.0, is_plain=True)
     assert table.cost(1, 10) == CostTable().cost(1, 10)
+
+
+def test_a_curve_is_used_for_some_observations_before_it_is_made_anew() -> None:
+    table = CostTable()
+    for _ in range(20):
+        table.observe(4, 100, 1.0, is_plain=False)
+    curves = []
+    for _ in range(64):
+        table.observe(4, 100, 2.0, is_plain=False)
+        curves.append(table.curve(100))
+    assert len({id(curve) for curve in curves}) <= 5
+    assert table.cost(4, 100) > 1.9
+
+
+def test_a_stall_of_the_machine_counts_as_little_more_than_what_was_known() -> None:
+    table = CostTable()
+    for _ in range(20):
+        table.observe(4, 100, 1.0, is_plain=False)
+    for step in range(16):
+        table.observe(4, 100, 100.0 if step == 7 else 1.0, is_plain=False)
+    assert table.cost(4, 100) < 1.06
+
+
+def test_what_was_never_measured_is_taken_to_cost_more_than_plain_steps() -> None:
+    table = CostTable()
+    for _ in range(3):
+        table.observe(16, 100, 1.0, is_plain=True)
+    assert table.plain_cost(16, 100) == pytest.approx(1.0)
+    assert table.cost(16, 100) > 1.1
+    assert table.cost(47, 100) == pytest.approx(2 * table.cost(16, 100))  # not as if each row cost what the first does
