@@ -27,6 +27,8 @@ class CompressionMetrics:
             ("evicted_tokens", "kvasir_kv_evicted_tokens", "Tokens dropped from the caches of live requests"),
             ("released_bytes", "kvasir_kv_bytes_saved", "Bytes that live requests gave back"),
         )
+        text = "Times that a cache shrank because memory was short, by what was done"
+        self._rungs = make.counters("kvasir_pressure_rungs", text, "policy", POLICIES)
         self._counters = {field: make.counters(name, text, "policy", POLICIES) for field, name, text in families}
 
     def update(self, stats: EngineStats, advance: Advance) -> None:
@@ -35,3 +37,5 @@ class CompressionMetrics:
             label = policy if policy in POLICIES else "other"
             for field, counters in self._counters.items():
                 advance(counters[label], f"kv.{field}.{policy}", getattr(counts, field))
+        for policy, count in stats.rungs.items():
+            advance(self._rungs[policy if policy in POLICIES else "other"], f"rungs.{policy}", count)

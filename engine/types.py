@@ -132,6 +132,13 @@ class SpeculationUsage(msgspec.Struct, frozen=True, kw_only=True):
     by_source: dict[str, tuple[int, int]] = {}  # name of the drafter -> its drafted and accepted
 
 
+class Rung(msgspec.Struct, frozen=True, kw_only=True):
+    """What was done to the cache of a choice because memory was short."""
+
+    policy: str
+    at_token: int  # tokens of prompt and answer that were computed then
+
+
 class KVUsage(msgspec.Struct, frozen=True, kw_only=True):
     """What a choice with a cache policy has taken so far. A slot holds one token in every layer and kv head."""
 
@@ -143,7 +150,9 @@ class KVUsage(msgspec.Struct, frozen=True, kw_only=True):
     released_bytes: int  # given back before the end
     private_bytes: int  # held alone
     shared_bytes: int  # held together with the prefix cache
-    bits_per_value: float
+    bits_per_value: float  # of packed tokens, where there are any
+    format: str = ""  # how older tokens are packed; "": they are not
+    rungs: list[Rung] = []  # what was done because memory was short, in that order
 
 
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -438,7 +447,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     scheduler_seconds: list[float] = []
     sampler_seconds: list[float] = []
     num_preemptions: int = 0
-    num_shrunk: int = 0  # caches compressed because memory was short
+    num_shrunk: int = 0  # times that caches were compressed because memory was short
+    rungs: dict[str, int] = {}  # those times, by policy
     compression: dict[str, CompressionCounts] = {}  # by policy
     prompt_tokens_computed: int = 0
     prompt_tokens_cached: int = 0

@@ -105,7 +105,10 @@ def _added(speculations: Sequence[SpeculationUsage]) -> dict[str, Any]:
 
 
 def _joined(caches: Sequence[KVUsage]) -> dict[str, Any]:
-    """Slots are those of the largest cache, tokens and bytes those of all choices together."""
+    """Slots are those of the largest cache; tokens, bytes and rungs those of all choices together.
+
+    Policy and format are the first one's: where memory was short, choices may have shrunk in different ways.
+    """
     totals = ("evicted_tokens", "merged_tokens", "released_bytes", "private_bytes", "shared_bytes")
     return {
         "policy": caches[0].policy,
@@ -113,4 +116,6 @@ def _joined(caches: Sequence[KVUsage]) -> dict[str, Any]:
         "steady_slots": max(cache.steady_slots for cache in caches),
         **{name: sum(getattr(cache, name) for cache in caches) for name in totals},
         "bits_per_value": caches[0].bits_per_value,
+        "format": caches[0].format,
+        "rungs": [{"policy": rung.policy, "at_token": rung.at_token} for cache in caches for rung in cache.rungs],
     }

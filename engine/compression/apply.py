@@ -73,6 +73,14 @@ def move(cache: KVCache, source: SlotMap, destination: SlotMap, keep: Keep) -> N
             flat(pool)[dst[layer][is_kept]] = merged[is_kept].to(pool.dtype)
 
 
+def part_of(keep: Keep, first: int, last: int) -> Keep:
+    """Only the survivors first .. last - 1 of each head, with what merges into them."""
+    merge_to = keep.merge_to
+    if merge_to is not None:
+        merge_to = (merge_to - first).masked_fill((merge_to < first) | (merge_to >= last), -1)
+    return Keep(keep.index[:, :, first:last], merge_to)
+
+
 def _merged(present: Tensor, index: Tensor, merge_to: Tensor) -> Tensor:
     """Means of survivors and of what merges into them: [H_kv, n, D], [H_kv, K], [H_kv, n] -> [H_kv, K, D].
 

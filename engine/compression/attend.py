@@ -89,17 +89,70 @@ class Scored:
         return scores
 
 
+def score(
+    scored: Scored, layer: int, q: Tensor, k_cache: Tensor, table: Tensor, seq_lens: Tensor, lse: Tensor,
+    num_slots: int, options: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """What the rows have after these queries, in one layer: [C, R, H_kv, S] float32. Arguments are of these rows.
+
+    num_slots   S, at least as many as any of them has
+    options     of the layer's attention
+    """
+    return kernels.attention_scores(
+        q,
+        k_cache,
+        table,
+        seq_lens,
+        scored.rows.starts,
+        lse,
+        scored.weights,
+        kind=scored.kind,
+        noise_keys=scored.noise_keys,
+        temperature=scored.temperatures,
+        layer=layer,
+        out=scored.of_layer(layer, k_cache.shape[1], num_slots),
+        **{name: options[name] for name in ("scale", "window", "soft_cap")},
+    )
+
+
+class Recorder(Protocol):
+    """Wants to see the queries of some rows."""
+
+    rows: RowRange
+
+    def record(self, q: Tensor, lse: Tensor, options: dict[str, Any]) -> None:
+        """The rows' queries [T, H, D] in the next layer, the log of their softmax denominators [T, H], and the layer's
+        options. They may be overwritten afterwards.
+        """
+
+
+def plan_rows(batch: ForwardBatch, rows: RowRange, seq_lens: Tensor, num_kv_heads: int) -> kernels.AttentionPlan:
+    """Attention of some rows of a batch, trees among them, on their own. seq_lens [R]: see `kernels.plan_attention`."""
+    parents = batch.attention_plan.parents
+    return kernels.plan_attention(
+        rows.starts.cpu(),
+        seq_lens.cpu(),
+        num_kv_heads=num_kv_heads,
+        device=batch.slots.device,
+        parents=None if parents is None else parents[rows.tokens],
+    )
+
+
 class TableSegment:
     """Rows with one block table each, and the probabilities that some of them, the first ones, ask for.
 
     `staged` has, for each `Scored`, one [C, R, H_kv, S] float32 per layer, complete after the last layer.
     """
 
-    def __init__(self, batch: ForwardBatch, cache: KVCache, rows: RowRange, scored: Sequence[Scored]) -> None:
+    def __init__(
+        self, batch: ForwardBatch, cache: KVCache, rows: RowRange, scored: Sequence[Scored],
+        recorders: Sequence[Recorder] = (),
+    ) -> None:  # fmt: skip
         self.rows = rows
         self.staged: list[list[Tensor]] = [[] for _ in scored]
         self._cache = cache
         self._scored = scored
+        self._recorders = recorders
         self._slots = batch.slots[rows.tokens]
         self._table = batch.block_table[rows.rows]
         self._seq_lens = batch.seq_lens[rows.rows]
@@ -107,53 +160,31 @@ class TableSegment:
         if rows.num_rows == len(batch.seq_lens):
             self._plan = batch.attention_plan
         else:
-            parents = batch.attention_plan.parents
-            self._plan = kernels.plan_attention(
-                rows.starts.cpu(),
-                self._seq_lens.cpu(),
-                num_kv_heads=cache.k.shape[2],
-                device=batch.slots.device,
-                parents=None if parents is None else parents[rows.tokens],
-            )
+            self._plan = plan_rows(batch, rows, self._seq_lens, cache.k.shape[2])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
         """See `Segment`."""
         k_cache, v_cache = self._cache.layer(layer)
         kernels.kv_write(k, v, k_cache, v_cache, self._slots)
         where = self._table, self._seq_lens, self.rows.starts
-        if not self._scored:
+        if not self._scored and not self._recorders:
             kernels.paged_attention(q, k_cache, v_cache, *where, out=out, plan=self._plan, **options)
             return
         _, lse = kernels.paged_attention(
             q, k_cache, v_cache, *where, out=out, plan=self._plan, return_lse=True, **options
         )
-        kept_options = {name: options[name] for name in ("scale", "window", "soft_cap")}
+        for recorder in self._recorders:
+            tokens = self._own(recorder.rows.tokens)
+            recorder.record(q[tokens], lse[tokens], options)
         for scored, num_slots, staged in zip(self._scored, self._num_slots, self.staged, strict=True):
-            first, tokens = scored.rows.first - self.rows.first, scored.rows.tokens
+            first, tokens = scored.rows.first - self.rows.first, self._own(scored.rows.tokens)
             rows = slice(first, first + scored.rows.num_rows)
-            tokens = slice(tokens.start - self.rows.tokens.start, tokens.stop - self.rows.tokens.start)
-            staged.append(
-                kernels.attention_scores(
-                    q[tokens],
-                    k_cache,
-                    self._table[rows],
-                    self._seq_lens[rows],
-                    scored.rows.starts,
-                    lse[tokens],
-                    scored.weights,
-                    kind=scored.kind,
-                    noise_keys=scored.noise_keys,
-                    temperature=scored.temperatures,
-                    layer=layer,
-                    out=scored.of_layer(layer, k_cache.shape[1], num_slots),
-                    **kept_options,
-                )
-            )
+            where = self._table[rows], self._seq_lens[rows], lse[tokens]
+            staged.append(score(scored, layer, q[tokens], k_cache, *where, num_slots, options))
 
-
-def stacked(staged: list[Tensor], row: int, num_slots: int) -> Tensor:
-    """What all layers found for one row of a group: [C, L, H_kv, n] float32."""
-    return torch.stack([scores[:, row, :, :num_slots] for scores in staged], dim=1)
+    def _own(self, tokens: slice) -> slice:
+        """Tokens of the batch among those of the segment."""
+        return slice(tokens.start - self.rows.tokens.start, tokens.stop - self.rows.tokens.start)
 
 
 class SplitSegment:
@@ -164,10 +195,14 @@ class SplitSegment:
     slots   [L, T] or [L, T, H_kv] int64, where the tokens go
     """
 
-    def __init__(self, cache: KVCache, rows: RowRange, tables: Tensor, lens: Tensor, slots: Tensor) -> None:
+    def __init__(
+        self, batch: ForwardBatch, cache: KVCache, rows: RowRange, tables: Tensor, lens: Tensor, slots: Tensor
+    ) -> None:
         self.rows = rows
         self._tables, self._lens, self._slots = tables, lens, slots
         self._is_per_head = lens.dim() == 3
+        longest = lens.amax((0, 2)) if self._is_per_head else lens.amax(0)
+        self._plan = plan_rows(batch, rows, longest, cache.k.shape[2])
         num_heads, block_size = cache.k.shape[2:4]
         heads = 1 if self._is_per_head else num_heads
         self._k = cache.k.view(-1, heads, block_size, cache.k.shape[4])
@@ -182,9 +217,11 @@ class SplitSegment:
         kernels.kv_write(k, v, self._k, self._v, slots)
         where = self._tables[layer], self._lens[layer], self.rows.starts
         if self.virtual is None:
-            kernels.paged_attention(q, self._k, self._v, *where, out=out, **options)
+            kernels.paged_attention(q, self._k, self._v, *where, out=out, plan=self._plan, **options)
             return
-        _, lse = kernels.paged_attention(q, self._k, self._v, *where, out=out, return_lse=True, **options)
+        _, lse = kernels.paged_attention(
+            q, self._k, self._v, *where, out=out, plan=self._plan, return_lse=True, **options
+        )
         self.virtual[layer].merge_into(q, out, lse, self.rows.starts, options["scale"])
 
 

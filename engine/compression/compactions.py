@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor
 
 import kernels
 from engine.compression import registry
-from engine.compression.apply import SlotMap, move
+from engine.compression.apply import SlotMap, move, part_of
 from engine.compression.base import CompactionView, Keep
+from engine.compression.composed import Composed, choose_blocks, format_of
 from engine.compression.formats import PackedPolicy
 from engine.compression.packed import PackedRows
 from engine.compression.razor_attention import Compensation
 from engine.compression.registry import Hook
+from engine.compression.scoring import ScoringPolicy
 from engine.compression.selecting import BoundedRows
 from engine.compression.split import SplitRows
 from engine.compression.state import RowState
@@ -49,35 +51,44 @@ class Compactions:
         """
         row = chunk.row
         end = chunk.start + chunk.num_tokens
-        if isinstance(state.policy, PackedPolicy):
-            self._pack(chunk, compaction, state.policy, state.plan.places)
+        packing = format_of(state.policy)
+        is_evicting = packing is None or (end == state.plan.first_point and state.plan.num_evicted > 0)
+        if compaction.num_packed is not None:
+            return self._drop_packed(row, compaction.num_packed, state, end)
+        if packing is not None and not is_evicting:
+            self._pack(chunk, compaction, packing, state.plan.places)
             return {}
         is_split = row in self._split
         tables = self._split.tables(row) if is_split else [self._rows.block_ids(row).tolist()]
         num_slots = self._split.num_slots(row) if is_split else np.array([end - self._rows.num_dropped(row)])
         source = SlotMap(self._cache, tables)
-        view = self._view(state, source, end, self._per_head(num_slots), self._per_head(compaction.kept))
+        num_kept = compaction.kept if packing is None else (end - state.plan.num_evicted,)
+        view = self._view(state, source, end, self._per_head(num_slots), self._per_head(num_kept))
         if state.plan.realisation is Realisation.BLOCKS:
             view = replace(view, scores=self._bounded.stamps(row, view.positions.shape[2]))
         keep = state.policy.keep(view)
         if state.plan.realisation is Realisation.BLOCKS:
             return self._keep_blocks(row, state, view, keep)
-        if Hook.COMPENSATION in registry.needs(state.policy):
+        if packing is None and Hook.COMPENSATION in registry.needs(state.policy):
             self._compensate(state, view, keep)
+        facts = {} if keep.merge_to is None else {"num_merged": _num_merged(keep.merge_to)}
+        if packing is not None:
+            state.scores = None  # it has chosen for good
+            self._pack_survivors(row, source, compaction, keep, packing, state.plan.places)
+            self._rows.compact(row, compaction.tables[0], end - compaction.kept[0])
+            return facts
         move(self._cache, source, SlotMap(self._cache, compaction.tables), keep)
         state.positions = view.positions.gather(2, keep.index.clamp_min(0)).masked_fill(keep.index < 0, -1)
         state.num_positioned = end
         if state.policy.evidence is not None:
             kept = keep.index.clamp_min(0).expand(view.scores.shape[0], -1, -1, -1)
             state.scores = None if state.policy.evidence.resets else view.scores.gather(3, kept)
-            state.num_scored = end
+            state.num_scored = state.scored_for = end
         if len(compaction.tables) > 1:
             self._split.set(row, compaction)
         else:
             self._rows.compact(row, compaction.tables[0], end - compaction.kept[0])
-        if keep.merge_to is None:
-            return {}
-        return {"num_merged": round(float((keep.merge_to >= 0).sum()) / keep.merge_to[..., 0].numel())}
+        return facts
 
     def _pack(self, chunk: Chunk, compaction: Compaction, policy: PackedPolicy, places: int) -> None:
         """The oldest blocks of the row's table are packed and leave it."""
@@ -88,6 +99,42 @@ class Compactions:
         copies = [pair for pair in zip(source[num_packed:], compaction.tables[0], strict=True) if pair[0] != pair[1]]
         kernels.copy_blocks(self._cache.k, self._cache.v, torch.tensor(copies, dtype=torch.int64).view(-1, 2))
         self._rows.compact(row, compaction.tables[0], end - num_kept)
+
+    def _pack_survivors(
+        self, row: int, source: SlotMap, compaction: Compaction, keep: Keep, policy: PackedPolicy, places: int
+    ) -> None:
+        """Survivors go, some blocks at a time, through the row's new blocks into packed ones; the newest stay there."""
+        table, size = compaction.tables[0], self._cache.k.shape[3]
+        through = SlotMap(self._cache, [table])
+        num_packed, num_survivors = keep.index.shape[2] - compaction.kept[0], keep.index.shape[2]
+        for first in range(0, num_packed, len(table) * size):
+            last = min(first + len(table) * size, num_packed)
+            move(self._cache, source, through, part_of(keep, first, last))
+            new_blocks = () if first else compaction.packed
+            self._packed.seal(row, policy.format, places, table[: (last - first) // size], new_blocks)
+        move(self._cache, source, through, part_of(keep, num_packed, num_survivors))
+
+    def _drop_packed(self, row: int, num_kept: int, state: RowState, end: int) -> dict[str, Any]:
+        """Whole packed blocks leave; nothing is moved."""
+        assert isinstance(state.policy, Composed), "a rung that evicts from what a format has packed"
+        positions = self._packed.positions(row).to(self._device)
+        shape = self._num_layers, self._cache.k.shape[2], len(positions)
+        counts = torch.full(shape[:2], len(positions), dtype=torch.int64, device=self._device)
+        block_tokens = self._packed.block_tokens(row)
+        view = CompactionView(
+            scores=torch.zeros(1, *shape, device=self._device),
+            positions=positions.expand(shape),
+            num_present=counts,
+            num_kept=(counts - (self._packed.num_blocks(row) - num_kept) * block_tokens),
+            num_prompt_tokens=state.num_prompt_tokens,
+            num_tokens=end,
+            seed=state.seed,
+            keys=_nothing,
+            values=_nothing,
+        )
+        places = choose_blocks(cast(ScoringPolicy, state.policy.base), view, block_tokens, num_kept)
+        self._packed.keep_blocks(row, places)
+        return {"kept_blocks": tuple(places)}
 
     def _keep_blocks(self, row: int, state: RowState, view: CompactionView, keep: Keep) -> dict[str, Any]:
         """Whole blocks leave the table; the others stay where they are."""
@@ -154,3 +201,12 @@ class Compactions:
             is_older = slots[..., :known] < num_kept.unsqueeze(2)
             positions[..., :known] = torch.where(is_older, state.positions, positions[..., :known])
         return positions.masked_fill(slots >= present.unsqueeze(2), -1)
+
+
+def _num_merged(merge_to: Tensor) -> int:
+    """Tokens merged into others, on average over layers and kv heads. merge_to [L, H_kv, n]"""
+    return round(float((merge_to >= 0).sum()) / merge_to[..., 0].numel())
+
+
+def _nothing(layer: int) -> NoReturn:
+    raise AssertionError("packed keys are not shown: a rung over a format chooses by position")

@@ -55,7 +55,9 @@ class PackedPolicy(Options):
         size = shape.block_size
         first_point = max(num_prompt_tokens, 2 * size)
         kept = size + first_point % size
-        return CachePlan(self.name, Realisation.PACKED, first_point, size, (kept,), places=self.places(shape))
+        return CachePlan(
+            self.name, Realisation.PACKED, first_point, size, (kept,), places=self.places(shape), format=self.format
+        )
 
     def query_weights(self, positions: Tensor, num_prompt_tokens: int, next_point: int) -> Tensor:
         return torch.zeros(1, len(positions), device=positions.device)

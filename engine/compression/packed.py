@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from engine.compression.attend import RowRange
+from engine.compression.attend import RowRange, plan_rows
 from engine.models.batch import ForwardBatch, KVCache
 from engine.scheduling.plan import Chunk
 
@@ -25,6 +25,7 @@ class _Row:
     places: int  # groups of BS tokens per block
     block_ids: list[int] = field(default_factory=list)
     num_groups: int = 0
+    numbers: list[int] = field(default_factory=list)  # of its blocks, counting those that were dropped
 
 
 class PackedRows:
@@ -40,13 +41,36 @@ class PackedRows:
     def format(self, row: int) -> str:
         return self._packed[row].format
 
+    def block_tokens(self, row: int) -> int:
+        """Tokens in a full packed block."""
+        return self._packed[row].places * self._cache.k.shape[3]
+
+    def num_blocks(self, row: int) -> int:
+        return len(self._packed[row].block_ids)
+
     def remove(self, row: int) -> None:
         self._packed.pop(row, None)
+
+    def positions(self, row: int) -> Tensor:
+        """[n] int64 of the packed tokens of a row that packs its text from the start, on the CPU."""
+        packed, block_tokens = self._packed[row], self.block_tokens(row)
+        starts = torch.tensor(packed.numbers) * block_tokens
+        places = starts.unsqueeze(1) + torch.arange(block_tokens)
+        return places.flatten()[: packed.num_groups * self._cache.k.shape[3]]
+
+    def keep_blocks(self, row: int, places: Sequence[int]) -> None:
+        """Only the blocks at these places are left; all others were full."""
+        packed = self._packed[row]
+        packed.num_groups -= (len(packed.block_ids) - len(places)) * packed.places
+        packed.block_ids = [packed.block_ids[place] for place in places]
+        packed.numbers = [packed.numbers[place] for place in places]
 
     def seal(self, row: int, format: str, places: int, source: Sequence[int], new_block_ids: Sequence[int]) -> None:
         """Packs the blocks `source` behind what the row has; `new_block_ids` are as many as that needs beyond."""
         packed = self._packed.setdefault(row, _Row(format, places))
         packed.block_ids += new_block_ids
+        first = packed.numbers[-1] + 1 if packed.numbers else 0
+        packed.numbers += range(first, first + len(new_block_ids))
         groups = range(packed.num_groups, packed.num_groups + len(source))
         kernels.seal_blocks(
             self._cache.k,
@@ -86,9 +110,8 @@ class PackedSegment:
         self._where = batch.block_table[rows.rows], batch.seq_lens[rows.rows], rows.starts
         self._packed_where = table.to(device), lens.to(device), rows.starts
         heads: dict[str, Any] = {"num_kv_heads": cache.k.shape[2], "device": device}
-        starts = rows.starts.cpu()
-        self._plan = kernels.plan_attention(starts, self._where[1].cpu(), **heads)
-        self._packed_plan = kernels.plan_packed_attention(starts, lens, **heads)
+        self._plan = plan_rows(batch, rows, self._where[1], cache.k.shape[2])
+        self._packed_plan = kernels.plan_packed_attention(rows.starts.cpu(), lens, **heads)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
         """See `engine.compression.attend.Segment`. No layer has a window: such models are refused."""

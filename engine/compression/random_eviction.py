@@ -23,6 +23,7 @@ from engine.noise import Purpose
 class RandomEviction(ScoringPolicy, Periodic):
     """Random tokens and the newest few; for comparison."""
 
+    by_position: ClassVar[bool] = True
     default_ratio: ClassVar[float | None] = 0.25
 
     num_recent: int = option(4, int, "newest tokens, always kept", at_least=0, at_most=4096)

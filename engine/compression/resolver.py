@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +11,13 @@ import torch
 from engine.compression import registry
 from engine.compression.artefacts import FILE_NAME, Artefacts
 from engine.compression.base import CacheShape, Policy
+from engine.compression.composed import Composed, compose
 from engine.compression.first_turn import FirstTurn
 from engine.compression.registry import Hook
 from engine.config import CacheConfig
 from engine.errors import ConfigError, InvalidParameter
 from engine.models.batch import KVSpec
 from engine.scheduling.compression import CachePlan, Realisation, ResolvedPolicy
-from engine.scheduling.pressure import MakePolicy
 
 FULL = "full"  # the name under which the whole cache can be asked for
 # What this engine offers to policies.
@@ -71,57 +70,51 @@ class Policies:
         if name == FULL:
             _check_full(options)
             return None
-        if not is_default and name in registry.names() and name not in self._allowed:
-            raise InvalidParameter(
-                f"kv_policy {name!r} is not offered here; choose from {', '.join([FULL, *sorted(self._allowed)])}",
-                param="kv_policy",
-            )
+        if not is_default:
+            self._check_allowed(name)
+            self._check_allowed(_name_of(options.get("format")))
         try:
             policy = self._create(name, options)
             plan = policy.plan(num_prompt_tokens, self.shape)
         except ConfigError as error:
             raise InvalidParameter(f"kv_policy: {error}", param="kv_policy") from error
         self._check(name, policy, plan)
-        at_work = policy.at_work if isinstance(policy, FirstTurn) else policy
-        return ResolvedPolicy(plan, self._bits / max(1, plan.places), at_work)
+        return self.resolved(plan, policy.at_work if isinstance(policy, FirstTurn) else policy)
+
+    def resolved(self, plan: CachePlan, policy: Policy) -> ResolvedPolicy:
+        return ResolvedPolicy(plan, self._bits / max(1, plan.places), policy)
+
+    def create(self, choice: Mapping[str, Any]) -> Policy:
+        """A policy that the operator chose. Raises InvalidParameter or ConfigError for what cannot be honoured."""
+        options = dict(choice)
+        name = options.pop("name")
+        policy = self._create(name, options)
+        self._check(name, policy, policy.plan(1, self.shape))
+        return policy
 
     @property
     def default_may_shrink(self) -> bool:
         return bool(self._default.get("may_shrink", False))
 
-    def under_pressure(self, choice: str) -> MakePolicy:
-        """What shrinks whole caches, as configured. Raises ConfigError."""
-        options = _parse(choice)
-        name = options.pop("name")
-        try:
-            policy = registry.create(name, options)
-            plan = policy.plan(1 << 20, self.shape)
-            self._check(name, policy, plan)
-        except InvalidParameter as error:
-            raise ConfigError(f"pressure_policy: {error}") from error
-
-        def make(num_prompt_tokens: int, num_tokens: int) -> ResolvedPolicy | None:
-            plan = policy.plan(num_tokens, self.shape)
-            if plan.first_point is None or plan.first_point > num_tokens:
-                return None
-            bits = self._bits / max(1, plan.places)
-            return ResolvedPolicy(replace(plan, first_point=num_tokens), bits, policy)
-
-        has_one_table = plan.realisation in (Realisation.SLOTS, Realisation.PACKED)
-        if plan.num_queries > 1 or not has_one_table:
-            raise ConfigError(
-                f"pressure_policy is {name}, which needs more than the newest query to choose; use int8, fp8, kivi, "
-                "tova, streaming_llm or random"
-            )
-        return make
-
     def _create(self, name: Any, options: dict[str, Any]) -> Policy:
+        """options: also `format`, which packs what the policy keeps."""
+        format_choice = options.pop("format", None)
         policy = registry.create(name, options, offline=self._has_yardsticks)
-        return policy if self._artefacts is None else self._artefacts.bind(policy)
+        if self._artefacts is not None:
+            policy = self._artefacts.bind(policy)
+        return policy if format_choice is None else compose(policy, format_choice, self.shape)
+
+    def _check_allowed(self, name: Any) -> None:
+        if name in registry.names() and name not in self._allowed:
+            raise InvalidParameter(
+                f"kv_policy {name!r} is not offered here; choose from {', '.join([FULL, *sorted(self._allowed)])}",
+                param="kv_policy",
+            )
 
     def _check(self, name: str, policy: Policy, plan: CachePlan) -> None:
         """Raises InvalidParameter for what this engine or this model cannot honour."""
-        if lacking := registry.needs(policy) - HOOKS:
+        parts = (policy.base, policy.format) if isinstance(policy, Composed) else (policy,)
+        if lacking := frozenset[Hook]().union(*map(registry.needs, parts)) - HOOKS:
             raise InvalidParameter(
                 f"kv_policy {name!r} needs {', '.join(sorted(lacking))}, which this server does not have yet",
                 param="kv_policy",
@@ -138,6 +131,11 @@ class Policies:
                 f"use {FULL}",
                 param="kv_policy",
             )
+
+
+def _name_of(choice: Any) -> Any:
+    """Of a choice that is a name or an object with one."""
+    return choice.get("name") if isinstance(choice, Mapping) else choice
 
 
 def _check_full(options: dict[str, Any]) -> None:

@@ -8,18 +8,18 @@ Shape letters: C channels, L layers, H_kv kv heads, T tokens, n slots.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple, cast
 
 import msgspec
 import torch
-from torch import Tensor
 
-from engine.compression.attend import MixedAttention, RowRange, Scored, Segment, TableSegment, VirtualKeys, stacked
+from engine.compression.attend import MixedAttention, RowRange, Scored, Segment, TableSegment, VirtualKeys
 from engine.compression.base import Evidence, Policy
 from engine.compression.compactions import Compactions
-from engine.compression.evidence import ask
+from engine.compression.drafted import DraftedQueries, watched
+from engine.compression.evidence import ask, count
 from engine.compression.packed import PackedRows
 from engine.compression.quest import Quest
 from engine.compression.raas import RaaS
@@ -51,6 +51,7 @@ class _Way(NamedTuple):
     evidence: Evidence = Evidence()  # of SCORED
     format: str = ""  # of PACKED
     number: int = 0  # tables of SPLIT, dense layers of BOUNDED
+    has_draft: bool = False  # of SCORED: what counts is known after the step
 
 
 class PolicyRows:
@@ -69,6 +70,7 @@ class PolicyRows:
         self._selecting: list[tuple[BoundedSegment, list[Chunk]]] = []  # of the step that runs
         self._scoring: TableSegment | None = None  # likewise
         self._asked: list[list[int]] = []  # whom it scores: indices of chunks
+        self._drafted: list[DraftedQueries] = []  # whom it scores once drafts are judged
 
     def add(self, new: NewRow) -> None:
         self.remove(new.row)
@@ -83,9 +85,13 @@ class PolicyRows:
 
     def adopt(self, chunk: Chunk, num_prompt_tokens: int, seed: int) -> None:
         """The row has another policy than it came with. Doing it twice is harmless."""
-        if chunk.policy is None or chunk.row in self._states:
+        known = self._states.get(chunk.row)
+        if chunk.policy is None or (known is not None and known.plan is chunk.policy.plan):
             return
         policy = cast(Policy, chunk.policy.policy)
+        if known is not None:
+            known.policy, known.plan = policy, chunk.policy.plan
+            return
         self._states[chunk.row] = RowState(policy, chunk.policy.plan, num_prompt_tokens, seed)
 
     def remove(self, row: int) -> None:
@@ -93,6 +99,10 @@ class PolicyRows:
         self._split.remove(row)
         self._packed.remove(row)
         self._bounded.remove(row)
+
+    def has_own_tables(self, row: int) -> bool:
+        """Whether the row's layers or heads have tables of their own, in which drafts are settled here."""
+        return row in self._split
 
     def order(self, chunks: Sequence[Chunk]) -> list[int] | None:
         """An order in which rows that attend in the same way are neighbours; None where all attend as usual."""
@@ -107,7 +117,7 @@ class PolicyRows:
 
     def begin(self, chunks: Sequence[Chunk], batch: ForwardBatch) -> AttentionHook | None:
         """Who attends in this step, where not all rows do as usual; the chunks are in the order of `order`."""
-        self._scoring, self._asked, self._selecting = None, [], []
+        self._scoring, self._asked, self._drafted, self._selecting = None, [], [], []
         if not self._states:
             return None
         ways = [self._way(chunk) for chunk in chunks]
@@ -117,8 +127,11 @@ class PolicyRows:
         while first < len(chunks):
             way, end = ways[first], first + ways.count(ways[first])
             members = chunks[first:end]
-            if way.kind is Kind.SCORED:
-                found = ask(way.evidence, members, self._states, first, batch)
+            if way.has_draft:
+                drafted = watched(way.evidence, members, self._states, RowRange.of(batch, first, len(members)), batch)
+                self._drafted += [] if drafted is None else [drafted]
+            elif way.kind is Kind.SCORED:
+                found = ask(way.evidence, members, self._states, RowRange.of(batch, first, len(members)))
                 if found is not None:
                     scored.append(found)
                     self._asked.append(list(range(first, end)))
@@ -127,10 +140,11 @@ class PolicyRows:
             if way.kind <= Kind.PLAIN:
                 num_tables = end
             first = end
-        if not segments and not scored:
+        if not segments and not scored and not self._drafted:
             return None
         if num_tables:
-            self._scoring = TableSegment(batch, self._cache, RowRange.of(batch, 0, num_tables), scored)
+            rows = RowRange.of(batch, 0, num_tables)
+            self._scoring = TableSegment(batch, self._cache, rows, scored, self._drafted)
             segments.insert(0, self._scoring)
         return MixedAttention(segments)
 
@@ -140,14 +154,24 @@ class PolicyRows:
             for members, staged in zip(self._asked, self._scoring.staged, strict=True):
                 for place, i in enumerate(members):
                     if results[i].error is None:
-                        self._count(chunks[i], staged, place)
+                        end = chunks[i].start + chunks[i].num_tokens
+                        num_slots = end - self._rows.num_dropped(chunks[i].row)
+                        count(self._states[chunks[i].row], chunks[i], staged, place, num_slots)
         self._scoring = None
+        places = {chunk.row: i for i, chunk in enumerate(chunks)}
+        for drafted in self._drafted:
+            self._count_drafted(drafted, places, results)
+        self._drafted = []
         for segment, members_chunks in self._selecting:
-            self._bounded.commit(members_chunks, segment)
+            accepted = [results[places[chunk.row]].accepted for chunk in members_chunks]
+            self._bounded.commit(members_chunks, segment, accepted)
         self._selecting = []
         for i, chunk in enumerate(chunks):
             if chunk.row in self._split:
-                self._split.advance(chunk.row, chunk.num_tokens - results[i].is_deferred)
+                num_nodes = 0 if chunk.draft is None else len(chunk.draft)
+                self._split.advance(chunk.row, chunk.num_tokens - num_nodes - results[i].is_deferred)
+                if chunk.draft is not None:
+                    self._split.keep(chunk.row, results[i].accepted)
             if chunk.compaction is None or results[i].error is not None or results[i].is_deferred:
                 continue
             try:
@@ -168,8 +192,8 @@ class PolicyRows:
             return _Way(Kind.PACKED, format=self._packed.format(row))
         if row in self._split:
             return _Way(Kind.SPLIT, number=self._split.num_groups(row))
-        if state.policy.evidence is not None and state.plan.next_point(chunk.start) is not None:
-            return _Way(Kind.SCORED, evidence=state.policy.evidence)
+        if state.policy.evidence is not None and state.plan.next_choice(chunk.start) is not None:
+            return _Way(Kind.SCORED, evidence=state.policy.evidence, has_draft=chunk.draft is not None)
         num_dense = self._bounded.way(chunk, chunk.start + chunk.num_tokens - self._rows.num_dropped(row))
         return _Way(Kind.PLAIN) if num_dense is None else _Way(Kind.BOUNDED, number=num_dense)
 
@@ -199,8 +223,13 @@ class PolicyRows:
             layers.append(VirtualKeys(*[torch.stack(tensors) for tensors in zip(*parts, strict=True)]))
         return layers
 
-    def _count(self, chunk: Chunk, staged: list[Tensor], place: int) -> None:
-        state = self._states[chunk.row]
-        end = chunk.start + chunk.num_tokens
-        state.scores = stacked(staged, place, end - self._rows.num_dropped(chunk.row))
-        state.num_scored = end
+    def _count_drafted(self, drafted: DraftedQueries, places: Mapping[int, int], results: list[ChunkResult]) -> None:
+        """places: of the rows, indices of their results. Tokens are chosen by now: a failure ends these requests."""
+        members = [places[chunk.row] for chunk in drafted.chunks]
+        num_dropped = [self._rows.num_dropped(chunk.row) for chunk in drafted.chunks]
+        try:
+            drafted.count([results[i].accepted for i in members], num_dropped, self._states, self._cache)
+        except Exception:
+            logger.exception("attention of drafts cannot be summed up; their requests are ended with an error")
+            for i in members:
+                results[i] = ChunkResult(error=EngineError.code)

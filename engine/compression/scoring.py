@@ -24,6 +24,8 @@ Pooling = Literal["avg", "max"]
 class ScoringPolicy(ABC):
     """A policy that keeps the tokens of the highest importance, and before them those it protects."""
 
+    by_position: ClassVar[bool] = False  # chooses by positions alone: looks neither at attention nor at keys and values
+
     @property
     def evidence(self) -> Evidence | None:
         return None

@@ -2,14 +2,15 @@
 
 Knows rows, blocks and tensors. The bounds of a block are part of no request: they are made anew from the block's keys,
 once for all blocks of a row when it begins to generate, then for the block that it writes to. So what a draft or
-another request left behind never shows. Shape letters: R rows, L layers, H query heads, H_kv kv heads, D head_dim,
-MB blocks of a table, K blocks read, BS block size.
+another request left behind never shows. A draft's tokens look one by one, each at the bounds as they are for it; what
+they note counts where they are accepted. Shape letters: T tokens, R rows, L layers, H query heads, H_kv kv heads,
+D head_dim, MB blocks of a table, K blocks read, BS block size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,34 +64,43 @@ class BoundedRows:
         return state.policy.num_dense_layers if -(-num_slots // self._block_size) > num_read else None
 
     def segment(self, chunks: Sequence[Chunk], batch: ForwardBatch, first: int, num_dense: int) -> BoundedSegment:
-        """The chunks are those of neighbouring rows of the batch from row `first`, one token each."""
+        """The chunks are those of neighbouring rows of the batch from row `first`, one token each or a draft that is a
+        chain.
+        """
         assert self._bounds is not None
         states = [self._states[chunk.row] for chunk in chunks]
         rows = RowRange.of(batch, first, len(chunks))
-        table, lens = batch.block_table[rows.rows], batch.seq_lens[rows.rows].tolist()
-        slots = []
-        for place, (state, num_slots) in enumerate(zip(states, lens, strict=True)):
-            known = min(state.num_bounded, num_slots - 1) // self._block_size * self._block_size
-            new = torch.arange(known, num_slots)
-            slots.append(table[place].cpu().long()[new // self._block_size] * self._block_size + new % self._block_size)
+        table, ends = batch.block_table[rows.rows], batch.seq_lens[rows.rows].tolist()
+        stamps = any(isinstance(state.policy, RaaS) for state in states)
+        looks: dict[int, _Look] = {}
+        num_tokens = 0
+        for place, (state, chunk, end) in enumerate(zip(states, chunks, ends, strict=True)):
+            blocks = table[place].cpu().long()
+            known = min(state.num_bounded, end - chunk.num_tokens) // self._block_size * self._block_size
+            for index, num_slots in enumerate(range(end - chunk.num_tokens + 1, end + 1)):
+                # stamps depend on the bounds of the newest block as the query sees it, the choice of blocks does not
+                look = looks.setdefault(index if stamps else 0, _Look())
+                look.tokens.append(num_tokens + index)
+                new = torch.arange(known, num_slots)
+                look.slots.append(blocks[new // self._block_size] * self._block_size + new % self._block_size)
+                known = num_slots
+            num_tokens += chunk.num_tokens
         num_read = [
             state.policy.num_blocks(state.num_prompt_tokens, self._block_size) if isinstance(state.policy, Quest) else 1
             for state in states
         ]
-        stamping = [place for place, state in enumerate(states) if isinstance(state.policy, RaaS)]
-        return BoundedSegment(
-            batch, self._cache, self._bounds, rows, torch.cat(slots).to(table.device), num_dense, num_read, stamping
-        )
+        return BoundedSegment(batch, self._cache, self._bounds, rows, list(looks.values()), num_dense, num_read, stamps)
 
-    def commit(self, chunks: Sequence[Chunk], segment: BoundedSegment) -> None:
-        """The step has succeeded: what it found out counts."""
-        lens = segment.seq_lens.tolist()
-        for place, (chunk, num_slots) in enumerate(zip(chunks, lens, strict=True)):
+    def commit(self, chunks: Sequence[Chunk], segment: BoundedSegment, accepted: Sequence[Sequence[int]]) -> None:
+        """The step has succeeded: what it found out about rows' first tokens and accepted nodes counts."""
+        for first, chunk, nodes in zip(segment.rows.starts[:-1].tolist(), chunks, accepted, strict=True):
             state = self._states[chunk.row]
-            state.num_bounded = num_slots
-            if isinstance(state.policy, RaaS):
-                bounds = torch.stack([scores[place] for scores in segment.bounds_of_layers])  # [L, H_kv, MB]
-                self._stamp(state, bounds[..., : -(-num_slots // self._block_size)], chunk.start)
+            for token in range(first, first + 1 + len(nodes)):
+                state.num_bounded = segment.num_slots[token]
+                if isinstance(state.policy, RaaS):
+                    bounds = torch.stack([scores[token] for scores in segment.bounds_of_layers])  # [L, H_kv, MB]
+                    num_blocks = -(-state.num_bounded // self._block_size)
+                    self._stamp(state, bounds[..., :num_blocks], chunk.start + token - first)
 
     def stamps(self, row: int, num_slots: int) -> Tensor:
         """Of every slot, when its block was last used: [1, L, H_kv, n] float32."""
@@ -113,51 +123,81 @@ class BoundedRows:
         state.stamps = stamps.masked_fill(state.policy.used(bounds), position)
 
 
-class BoundedSegment:
-    """One query per row. The first layers read all blocks, the others those with the highest bounds.
+@dataclass(slots=True)
+class _Look:
+    """A look at bounds: of which tokens of a segment, and the slots whose blocks need new bounds before."""
 
-    bounds_of_layers   [R, H_kv, MB] float32 per layer, of scaled logits: where rows note which blocks they use
+    tokens: list[int] = field(default_factory=list)
+    slots: list[Tensor] = field(default_factory=list)
+
+
+class BoundedSegment:
+    """Rows of few queries, each of which chooses on its own. The first layers read all blocks, the others those with
+    the highest bounds.
+
+    num_slots          [T] integers, that each query sees
+    bounds_of_layers   [T, H_kv, MB] float32 per layer, of scaled logits: where rows note which blocks they use
     """
 
     def __init__(
-        self, batch: ForwardBatch, cache: KVCache, bounds: Tensor, rows: RowRange, slots: Tensor, num_dense: int,
-        num_read: Sequence[int], stamping: Sequence[int],
+        self, batch: ForwardBatch, cache: KVCache, bounds: Tensor, rows: RowRange, looks: Sequence[_Look],
+        num_dense: int, num_read: Sequence[int], stamps: bool,
     ) -> None:  # fmt: skip
         self.rows = rows
-        self.seq_lens = batch.seq_lens[rows.rows]
         self.bounds_of_layers: list[Tensor] = []
         self._cache = cache
         self._bounds = bounds
         self._table = batch.block_table[rows.rows]
+        self._seq_lens = batch.seq_lens[rows.rows]
         self._written = batch.slots[rows.tokens]
-        self._slots = slots
         self._num_dense = num_dense
-        self._stamping = stamping
+        self._stamps = stamps
         self._block_size = cache.k.shape[3]
-        self._num_present = (self.seq_lens.long() + self._block_size - 1) // self._block_size
-        self._num_read = torch.tensor(num_read, device=slots.device)
+        device = self._table.device
+        self._looks = [(torch.tensor(look.tokens, device=device), torch.cat(look.slots).to(device)) for look in looks]
+        # every query as a row of its own: what it may see, and how much it reads
+        lengths = rows.starts.diff().long()
+        self._token_table = self._table.repeat_interleave(lengths, dim=0)
+        offsets = torch.arange(len(self._token_table), device=device) - rows.starts[1:].repeat_interleave(lengths) + 1
+        self._token_lens = (self._seq_lens.repeat_interleave(lengths) + offsets).int()
+        self._token_starts = torch.arange(len(self._token_table) + 1, dtype=torch.int32, device=device)
+        self._num_present = (self._token_lens.long() + self._block_size - 1) // self._block_size
+        self._num_read = torch.tensor(num_read, device=device).repeat_interleave(lengths)
+        self.num_slots: list[int] = self._token_lens.tolist()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
         """See `engine.compression.attend.Segment`."""
         k_cache, v_cache = self._cache.layer(layer)
         kernels.kv_write(k, v, k_cache, v_cache, self._written)
-        table, lens = self._table, self.seq_lens
+        table, lens, starts = self._table, self._seq_lens, self.rows.starts
         is_dense = layer < self._num_dense
-        if not is_dense or self._stamping:
-            bounds = self._bounds[:, layer]
-            kernels.update_bounds(k_cache, bounds, self._slots)
-            scores = kernels.bound_scores(q, bounds, table, lens, block_size=self._block_size)
-            if self._stamping:
+        if not is_dense or self._stamps:
+            scores = self._scores(layer, q)
+            if self._stamps:
                 self.bounds_of_layers.append(scores * options["scale"])
             if not is_dense:
-                table, lens = self._selected(scores)
-        kernels.paged_attention(q, k_cache, v_cache, table, lens, self.rows.starts, out=out, **options)
+                (table, lens), starts = self._selected(scores), self._token_starts
+        kernels.paged_attention(q, k_cache, v_cache, table, lens, starts, out=out, **options)
+
+    def _scores(self, layer: int, q: Tensor) -> Tensor:
+        """What each query makes of the blocks: [T, H_kv, MB] float32."""
+        k_cache, bounds = self._cache.layer(layer)[0], self._bounds[:, layer]
+        if len(self._looks) == 1:  # all tokens, in order
+            kernels.update_bounds(k_cache, bounds, self._looks[0][1])
+            where = self._token_table, self._token_lens
+            return kernels.bound_scores(q, bounds, *where, block_size=self._block_size)
+        scores = torch.empty(q.shape[0], k_cache.shape[1], self._table.shape[1], device=q.device)
+        for tokens, slots in self._looks:
+            kernels.update_bounds(k_cache, bounds, slots)
+            where = self._token_table[tokens], self._token_lens[tokens]
+            scores[tokens] = kernels.bound_scores(q[tokens], bounds, *where, block_size=self._block_size)
+        return scores
 
     def _selected(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Tables of the blocks to read and their slots: [R, H_kv, K] and [R, H_kv] int32."""
+        """Tables of the blocks to read and their slots: [T, H_kv, K] and [T, H_kv] int32."""
         places = select_blocks(scores, self._num_present, self._num_read)
-        table = self._table.unsqueeze(1).expand(-1, places.shape[1], -1).gather(2, places.clamp_min(0))
+        table = self._token_table.unsqueeze(1).expand(-1, places.shape[1], -1).gather(2, places.clamp_min(0))
         num_blocks = (places >= 0).sum(2)
-        in_last = self.seq_lens.long() - (self._num_present - 1) * self._block_size  # slots of the newest block
+        in_last = self._token_lens.long() - (self._num_present - 1) * self._block_size  # slots of the newest block
         lens = (num_blocks - 1) * self._block_size + in_last.unsqueeze(1)
         return table.contiguous(), lens.int()

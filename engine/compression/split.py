@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+import kernels
+from engine.compression.apply import SlotMap, flat
 from engine.compression.attend import RowRange, SplitSegment
 from engine.models.batch import ForwardBatch, KVCache
 from engine.scheduling.plan import Chunk, Compaction
@@ -59,6 +61,25 @@ class SplitRows:
         """So many tokens have been added to every table."""
         self._num_slots[row] += num_tokens
 
+    def keep(self, row: int, accepted: Sequence[int]) -> None:
+        """The accepted nodes of a draft are added to every table, behind the row's tokens; the others are forgotten."""
+        if any(node != place for place, node in enumerate(accepted)):
+            self._move(row, accepted)
+        self.advance(row, len(accepted))
+        block_size = self._cache.k.shape[3]
+        for table, num_slots in zip(self._tables[row], self._num_slots[row].tolist(), strict=True):
+            del table[-(-num_slots // block_size) :]
+
+    def _move(self, row: int, nodes: Sequence[int]) -> None:
+        """Nodes of a draft go to the first slots behind the row's."""
+        num_layers, num_heads = self._cache.k.shape[1:3]
+        num_slots = torch.from_numpy(self._num_slots[row]).to(self._cache.k.device)
+        per_head = num_slots.view(num_layers, -1, 1).expand(num_layers, num_heads, 1)
+        slots = SlotMap(self._cache, self._tables[row])
+        index = torch.tensor([nodes, range(len(nodes))], device=per_head.device).view(2, 1, 1, -1)
+        src, dst = (slots.addresses(per_head + places).flatten(0, 1) for places in index)
+        kernels.move_slots(flat(self._cache.k), flat(self._cache.v), src, dst)
+
     def segment(self, chunks: Sequence[Chunk], batch: ForwardBatch, first: int) -> SplitSegment:
         """The chunks are those of neighbouring rows of the batch, from row `first`, all with as many groups."""
         block_size, device = self._cache.k.shape[3], self._cache.k.device
@@ -80,4 +101,4 @@ class SplitRows:
         if num_groups != num_layers:  # group = layer * H_kv + head
             arrays = [x.reshape(num_layers, num_heads, *x.shape[1:]).swapaxes(1, 2) for x in arrays]
         tensors = [torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in arrays]
-        return SplitSegment(self._cache, RowRange.of(batch, first, len(chunks)), *tensors)
+        return SplitSegment(batch, self._cache, RowRange.of(batch, first, len(chunks)), *tensors)

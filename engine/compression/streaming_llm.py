@@ -24,6 +24,7 @@ from engine.compression.scoring import ScoringPolicy, first_tokens
 class StreamingLLM(ScoringPolicy, Periodic):
     """The first tokens and the newest; the middle goes."""
 
+    by_position: ClassVar[bool] = True
     default_budget: ClassVar[int | None] = 1024
 
     num_sink: int = option(4, int, "first tokens, always kept", at_least=0, at_most=4096)

@@ -5,11 +5,13 @@ The only writer of block tables. Knows requests and block ids; never priorities,
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.compactor import Compactor
 from engine.scheduling.compression import CachePlan
+from engine.scheduling.parts import PartPool
 from engine.scheduling.prefix_cache import HashChain, PrefixCache, PrefixStats
 from engine.scheduling.request import BlockTable, Request
 
@@ -153,12 +155,16 @@ class CacheManager:
         if not self.compaction.has_room(request, num_tokens, sum(num_new)):
             return False
         num_available = self.pool.num_available
-        block_ids = self.compaction.pool_of(request).allocate(sum(num_new))[::-1]
-        for table, count in zip(request.tables, num_new, strict=True):
-            table.block_ids += [block_ids.pop() for _ in range(count)]
+        self._extend(request, num_new)
         self.compaction.reserve(request, num_tokens)
         self._take_promised(request, num_available - self.pool.num_available)
         return True
+
+    def _extend(self, request: Request, num_new: Sequence[int]) -> None:
+        """So many more blocks, or parts of blocks, for each table."""
+        block_ids = self.compaction.pool_of(request).allocate(sum(num_new))[::-1]
+        for table, count in zip(request.tables, num_new, strict=True):
+            table.block_ids += [block_ids.pop() for _ in range(count)]
 
     def num_lacking(self, request: Request, num_tokens: int) -> int:
         """Blocks, or parts of blocks, that the next so many tokens want."""
@@ -177,21 +183,24 @@ class CacheManager:
 
         `trim` gives back what they leave unused.
         """
-        table = request.tables[0]
-        num_slots = table.num_slots + num_tokens
-        num_new = self.blocks_for(num_slots + num_nodes) - len(table.block_ids)
-        num_new = min(num_new, self.pool.num_available - self.num_promised)
-        if num_new > 0:
-            table.block_ids += self.pool.allocate(num_new)
-        return max(0, min(num_nodes, len(table.block_ids) * self.block_size - num_slots))
+        pool = self.compaction.pool_of(request)
+        room = max(0, self.pool.num_available - self.num_promised)
+        if isinstance(pool, PartPool):
+            room = pool.num_from(room)
+        counts = range(1, num_nodes + 1)
+        num_fitting = bisect.bisect_right(counts, room, key=lambda count: self.num_lacking(request, num_tokens + count))
+        if num_fitting:
+            self._extend(request, [self._num_lacking(table, num_tokens + num_fitting) for table in request.tables])
+        return num_fitting
 
     def trim(self, request: Request) -> None:
-        """Takes back the blocks behind the last one in use."""
-        table = request.tables[0]
-        num_used = self.blocks_for(table.num_slots)
-        self.pool.free(table.block_ids[num_used:])
-        del table.block_ids[num_used:]
-        table.num_sent = min(table.num_sent, num_used)
+        """Takes back the blocks, or parts of blocks, behind the last one in use of every table."""
+        pool = self.compaction.pool_of(request)
+        for table in request.tables:
+            num_used = self.blocks_for(table.num_slots)
+            pool.free(table.block_ids[num_used:])
+            del table.block_ids[num_used:]
+            table.num_sent = min(table.num_sent, num_used)
 
     def take_new_blocks(self, request: Request) -> tuple[int, ...]:
         """Blocks of the table that the runner does not know yet; from now on it does. None where there are several."""
@@ -269,9 +278,8 @@ class CacheManager:
         for table in request.tables:
             pool.free(table.block_ids)
         self.pool.free(request.packed)
-        request.tables, request.packed = [BlockTable()], []
+        request.tables, request.packed, request.num_packed = [BlockTable()], [], 0
         request.is_compressed = False
-        request.policy = request.family.policy
         request.num_computed_tokens = 0
         request.num_published_blocks = 0
         self._take_promised(request, self._promised.get(request, 0))

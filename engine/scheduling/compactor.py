@@ -9,7 +9,8 @@ numbers of tokens, there is a table for each of these groups after the first com
 
 A plan that packs takes new packed blocks, and what is older than the survivors leaves the table once it is packed. Here
 the survivors are the newest blocks; they too are copied where others can see them, because nobody may hold a block of
-the prefix cache without those before it.
+the prefix cache without those before it. Where tokens are evicted and the others packed at one point, all that stays is
+in new blocks. Packed blocks that are dropped later leave without a move; which ones, the device says.
 """
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ class Compactor:
         """The most blocks that a request with so many tokens holds at a time, the cache being empty at first."""
         if plan is None or plan.first_point is None or num_tokens < plan.first_point:
             return self._blocks_for(num_tokens)
-        new = self._whole_blocks(plan, [min(kept, plan.first_point) for kept in plan.kept])
-        new += self._packed_blocks(plan, plan.first_point)
+        new = self.blocks_left(plan, plan.first_point)
         return max(self._blocks_for(plan.first_point) + new, self._peak_after(plan, num_tokens))
 
     def blocks_needed(self, request: Request) -> int:
@@ -49,12 +49,18 @@ class Compactor:
         plan = request.cache_plan
         if plan is None or not request.is_compressed:
             return self.peak_blocks(plan, request.num_tokens)
-        return self._peak_after(plan, request.num_tokens)
+        return self._peak_after(plan, request.num_tokens, request.num_computed_tokens)
 
     def blocks_left(self, plan: CachePlan, num_tokens: int) -> int:
-        """Blocks that are left of a request at its first point, after so many tokens; at most so many must be new."""
+        """Blocks that are left of a request at a point, after so many tokens; at most so many must be new."""
         slots = [plan.slots_at(num_tokens, group) for group in range(plan.num_groups)]
         return self._whole_blocks(plan, slots) + self._packed_blocks(plan, num_tokens)
+
+    def exchange(self, request: Request, plan: CachePlan, num_tokens: int) -> tuple[int, int]:
+        """New blocks, at most, that it takes to shrink a request by this plan after so many tokens, and those freed."""
+        if plan.drops_at(num_tokens):
+            return 0, len(request.packed) - self._packed_blocks(plan, num_tokens)
+        return self.blocks_left(plan, num_tokens), self.num_held(request)
 
     def num_held(self, request: Request) -> int:
         """Blocks in the request's tables: parts of blocks count as the blocks that they would fill."""
@@ -86,9 +92,13 @@ class Compactor:
         kept = self._kept(request, num_tokens)
         if kept is None:
             return None
-        if request.cache_plan is not None and request.cache_plan.realisation is Realisation.BLOCKS:
+        plan, num_computed = request.cache_plan, request.num_computed_tokens + num_tokens
+        if plan is not None and plan.realisation is Realisation.BLOCKS:
             return Compaction(kept=kept, tables=())
-        if request.cache_plan is not None and request.cache_plan.places:
+        if plan is not None and plan.drops_at(num_computed):
+            num_packed = self._packed_blocks(plan, num_computed)
+            return Compaction(kept=kept, tables=(), num_packed=num_packed)
+        if plan is not None and self._packs_at(plan, num_computed):
             packed, survivors = request.reserved or ([], [])
             newer = request.tables[0].block_ids[self._num_to_pack(request, num_tokens, kept) :]
             return Compaction(kept=kept, tables=(tuple(survivors or newer),), packed=tuple(packed))
@@ -100,13 +110,21 @@ class Compactor:
     def apply(self, request: Request, kept_blocks: Sequence[int] = ()) -> None:
         """The survivors are in place: gives the other blocks back.
 
-        kept_blocks   where whole blocks leave the table: the places of those that stay
+        kept_blocks   where whole blocks leave the table, or packed blocks the request: the places of those that stay
         """
-        kept = self._kept(request, 0)
+        kept, plan = self._kept(request, 0), request.cache_plan
         assert kept is not None, "the chunk ended at a point"
         num_held = self.num_held(request)
-        if request.cache_plan is not None and request.cache_plan.places:
+        if plan is not None and plan.drops_at(request.num_computed_tokens):
+            survivors = [request.packed[place] for place in kept_blocks]
+            self._pool.free([block_id for block_id in request.packed if block_id not in survivors])
+            request.packed = survivors
+            request.num_packed = plan.packed_slots_at(request.num_computed_tokens)
+            request.num_blocks_released += num_held - self.num_held(request)
+            return
+        if plan is not None and self._packs_at(plan, request.num_computed_tokens):
             self._apply_packed(request, self._num_to_pack(request, 0, kept))
+            request.num_packed = plan.packed_slots_at(request.num_computed_tokens)
         elif kept_blocks:
             table = request.tables[0]
             survivors = [table.block_ids[place] for place in kept_blocks]
@@ -146,12 +164,16 @@ class Compactor:
     def _to_reserve(self, request: Request, num_tokens: int) -> list[int]:
         """New blocks for the survivors of each group; empty when they stay where they are."""
         kept, plan = self._kept(request, num_tokens), request.cache_plan
-        if plan is not None and kept is not None and plan.places and not request.reserved:
+        num_computed = request.num_computed_tokens + num_tokens
+        if plan is not None and kept is not None and self._packs_at(plan, num_computed) and not request.reserved:
+            is_in_place = num_computed != plan.first_point or not plan.num_evicted
             counts = [
-                self._packed_blocks(plan, request.num_computed_tokens + num_tokens) - len(request.packed),
-                0 if self._has_own_newest(request, num_tokens, kept) else self._blocks_for(kept[0]),
+                self._packed_blocks(plan, num_computed) - len(request.packed),
+                0 if is_in_place and self._has_own_newest(request, num_tokens, kept) else self._blocks_for(kept[0]),
             ]
             return counts if any(counts) else []
+        if plan is not None and plan.drops_at(num_computed):
+            return []
         if kept is None or request.reserved or self._is_private(request, kept):
             return []
         if plan is not None and plan.realisation is Realisation.BLOCKS:
@@ -166,6 +188,10 @@ class Compactor:
             return False  # a new kind of table, or the blocks of the prompt enter the prefix cache
         block_ids = request.tables[0].block_ids[: self._blocks_for(kept[0])]
         return all(self._pool.num_references(block_id) == 1 for block_id in block_ids)
+
+    def _packs_at(self, plan: CachePlan, num_computed: int) -> bool:
+        """Whether the compaction at this point puts tokens into packed blocks."""
+        return plan.packed_slots_at(num_computed) > 0 and not plan.drops_at(num_computed)
 
     def _num_to_pack(self, request: Request, num_tokens: int, kept: Sequence[int]) -> int:
         """First blocks of the table that are packed after so many more tokens."""
@@ -193,9 +219,11 @@ class Compactor:
         """Packed blocks of a request that has computed so many tokens."""
         return -(-self._blocks_for(plan.packed_slots_at(num_tokens)) // plan.places) if plan.places else 0
 
-    def _peak_after(self, plan: CachePlan, num_tokens: int) -> int:
+    def _peak_after(self, plan: CachePlan, num_tokens: int, num_computed: int = 0) -> int:
+        """The most blocks from so many computed tokens on; packed ones are the most at the end, or before some go."""
         num_blocks = self._whole_blocks(plan, [plan.peak_after(num_tokens, group) for group in range(plan.num_groups)])
-        return num_blocks + self._packed_blocks(plan, num_tokens)
+        before_drops = [at - 1 for at, _ in plan.drops if num_computed < at <= num_tokens]
+        return num_blocks + max([self._packed_blocks(plan, count) for count in (num_tokens, *before_drops)])
 
     def _whole_blocks(self, plan: CachePlan, num_slots: Sequence[int]) -> int:
         """Blocks that tables with so many slots fill."""

@@ -33,8 +33,14 @@ class CachePlan:
     period         it shrinks again each time so many more tokens are computed; 0: only once
     kept           slots that remain: one number, or one per layer, or per (layer, kv head), layer by layer
     places         blocks of tokens that a packed block holds; 0: nothing is packed
+    format         how they are packed
+    num_evicted    tokens that go at the first point, before anything is packed; 0: none. So `kept` counts what is not
+                   packed, from `packs_at` on
+    packs_at       point from which on tokens are packed, where that is not the first
+    drops          (point, packed tokens that go there, in whole packed blocks), ascending
     steps_singly   generated tokens are computed one by one, also after a preemption: each reads the cache in its own
-                   way. So only blocks of the prompt are what their tokens say, and may be shared
+                   way. So only blocks of the prompt are what their tokens say, and may be shared. Guesses may be
+                   computed with one where each continues the one before it
     num_filtered   tokens that a first pass over the prompt leaves of it before anything is generated; None: no such
     num_queries    last prompt tokens that must be computed, not taken from the prefix cache: the policy looks at them
     """
@@ -48,14 +54,31 @@ class CachePlan:
     num_filtered: int | None = None
     places: int = 0
     steps_singly: bool = False
+    format: str = ""
+    num_evicted: int = 0
+    packs_at: int | None = None
+    drops: tuple[tuple[int, int], ...] = ()
 
     def next_point(self, num_computed: int) -> int | None:
         """The first point after so many computed tokens."""
         if self.first_point is None or num_computed < self.first_point:
             return self.first_point
-        if not self.period:
-            return None
-        return self.first_point + ((num_computed - self.first_point) // self.period + 1) * self.period
+        start = self._start
+        if num_computed < start:
+            point: int | None = start
+        elif not self.period:
+            point = None
+        else:
+            point = start + ((num_computed - start) // self.period + 1) * self.period
+        drop = next((at for at, _ in self.drops if at > num_computed), None)
+        return point if drop is None else drop if point is None else min(point, drop)
+
+    def next_choice(self, num_computed: int) -> int | None:
+        """The first point after so many computed tokens at which the policy chooses by what it has seen."""
+        if not self.places:
+            return self.next_point(num_computed)
+        has_chosen = self.first_point is None or num_computed >= self.first_point
+        return None if has_chosen or not self.num_evicted else self.first_point
 
     @property
     def num_groups(self) -> int:
@@ -64,29 +87,42 @@ class CachePlan:
 
     def is_point(self, num_computed: int) -> bool:
         """Whether the cache shrinks when so many tokens have been computed."""
-        if self.first_point is None or num_computed < self.first_point:
-            return False
-        added = num_computed - self.first_point
-        return added == 0 or (self.period > 0 and added % self.period == 0)
+        return num_computed > 0 and self.next_point(num_computed - 1) == num_computed
+
+    def drops_at(self, num_computed: int) -> bool:
+        """Whether packed tokens go when so many tokens have been computed."""
+        return any(at == num_computed for at, _ in self.drops)
 
     def slots_at(self, num_tokens: int, group: int = 0) -> int:
         """Slots of a table once so many tokens are computed and the points up to there are past."""
         if self.first_point is None or num_tokens < self.first_point:
             return num_tokens
-        since = (num_tokens - self.first_point) % self.period if self.period else num_tokens - self.first_point
+        if num_tokens < self._start:
+            return num_tokens - self.num_evicted
+        since = (num_tokens - self._start) % self.period if self.period else num_tokens - self._start
         return min(self.kept[group], num_tokens - since) + since
 
     def packed_slots_at(self, num_tokens: int) -> int:
         """Tokens in packed blocks, likewise: always whole blocks."""
-        return num_tokens - self.slots_at(num_tokens) if self.places else 0
+        if not self.places or self.first_point is None or num_tokens < self.first_point:
+            return 0
+        num_dropped = sum([count for at, count in self.drops if at <= num_tokens])
+        return num_tokens - self.slots_at(num_tokens) - self.num_evicted - num_dropped
 
     def peak_after(self, num_tokens: int, group: int = 0) -> int:
         """The most slots of a table after the first point, while so many tokens are computed in all."""
         assert self.first_point is not None
-        added = max(0, num_tokens - self.first_point)
+        most_unpacked = min(num_tokens, self._start) - self.num_evicted if self._start > self.first_point else 0
+        added = max(0, num_tokens - self._start)
         if not self.period:
             return min(self.kept[group], self.first_point) + added
-        return min(num_tokens, self.kept[group] + min(added, self.period))
+        return max(most_unpacked, min(num_tokens, self.kept[group] + min(added, self.period)))
+
+    @property
+    def _start(self) -> int:
+        """Where the periods are counted from."""
+        assert self.first_point is not None
+        return self.first_point if self.packs_at is None else self.packs_at
 
 
 class PolicyResolver(Protocol):
@@ -105,11 +141,6 @@ class ResolvedPolicy:
     plan: CachePlan
     bits_per_value: float  # what one number of a key or value takes, scales included
     policy: object  # an `engine.compression.base.Policy`, which the scheduler only hands on
-
-    @property
-    def has_evidence(self) -> bool:
-        """Whether the policy watches attention, up to its last point: what it sees must all be part of the text."""
-        return getattr(self.policy, "evidence", None) is not None
 
     def within(self, num_tokens: int) -> ResolvedPolicy:
         """For a request with at most so many tokens in the end: a point that it cannot reach asks for nothing."""

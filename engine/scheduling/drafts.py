@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.scheduling.compression import Realisation
 from engine.scheduling.request import Request
 from engine.speculation.base import TapRows
 from engine.speculation.tree import EMPTY, DraftTree
@@ -17,7 +16,9 @@ from engine.speculation.tree import EMPTY, DraftTree
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a step gave to one request that speculates: for those who guess."""
+    """What a step gave to one request that speculates: for those who guess. Of steps that had neither a draft nor
+    something to show, only a request's first is told; the others can be seen from its tokens.
+    """
 
     request: Request
     draft: DraftTree | None  # as checked
@@ -44,15 +45,10 @@ def max_depth(request: Request) -> int:
 
 
 def _until_compaction(request: Request) -> int:
-    """Tokens that a draft may have because of the request's cache policy: a cache shrinks after an ordinary step, and
-    what a policy watches is the text alone. Tables of their own, and formats, do not take drafts.
+    """Tokens that a draft may have because of the request's cache policy: a cache shrinks after an ordinary step, so no
+    guess is read by, or reads, what would be gone or packed by then.
     """
-    policy, plan = request.family.policy, request.cache_plan
-    if policy is None or plan is None:
-        return request.family.max_tokens
-    point = plan.next_point(request.num_computed_tokens)
-    if plan.realisation is not Realisation.SLOTS or (point is not None and policy.has_evidence):
-        return 0
+    point = None if request.cache_plan is None else request.cache_plan.next_point(request.num_computed_tokens)
     return request.family.max_tokens if point is None else point - request.num_computed_tokens - 2
 
 
@@ -63,7 +59,10 @@ def fitting_draft(request: Request, max_nodes: int, max_model_len: int) -> Draft
         return EMPTY
     # every node has a slot of its own, and rows end with the context
     max_nodes = min(max_nodes, max_model_len - request.num_tokens)
-    return speculating.draft.within(max_nodes, max_depth(request))
+    draft, plan = speculating.draft, request.cache_plan
+    if plan is not None and plan.steps_singly:
+        draft = draft.first_path()
+    return draft.within(max_nodes, max_depth(request))
 
 
 def count_draft(
@@ -73,6 +72,7 @@ def count_draft(
     speculating = request.speculating
     assert speculating is not None, "only requests that speculate have drafts"
     accepted = accepted[:num_new_tokens]
+    speculating.usage = None
     speculating.num_steps += 1
     counters.num_steps += 1
     counters.num_emitted += num_new_tokens

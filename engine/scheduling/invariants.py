@@ -114,6 +114,8 @@ def _running_violations(scheduler: Scheduler, request: Request) -> list[str]:
     num_packed = cache.blocks_for(plan.packed_slots_at(num_computed)) if plan is not None else 0
     if plan is not None and plan.places and len(request.packed) != -(-num_packed // plan.places):
         problems.append(f"{name} has {len(request.packed)} packed blocks for {num_packed} blocks of tokens")
+    if request.num_packed != (0 if plan is None else plan.packed_slots_at(num_computed)):
+        problems.append(f"{name} has {request.num_packed} packed tokens, its plan says otherwise")
     owner = request.family.request
     if request.chain is not None:
         namespace = request.chain.namespace

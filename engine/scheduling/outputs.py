@@ -88,13 +88,15 @@ def _speculation_usage(request: Request) -> SpeculationUsage | None:
     speculating = request.speculating
     if speculating is None:
         return None
-    drafted, accepted = speculating.drafted, speculating.accepted
-    return SpeculationUsage(
-        steps=speculating.num_steps,
-        drafted=sum(drafted.values()),
-        accepted=sum(accepted.values()),
-        by_source={source: (drafted[source], accepted[source]) for source in sorted(drafted)},
-    )
+    if speculating.usage is None:
+        drafted, accepted = speculating.drafted, speculating.accepted
+        speculating.usage = SpeculationUsage(
+            steps=speculating.num_steps,
+            drafted=sum(drafted.values()),
+            accepted=sum(accepted.values()),
+            by_source={source: (drafted[source], accepted[source]) for source in sorted(drafted)},
+        )
+    return speculating.usage
 
 
 def _kv_usage(request: Request, block_bytes: int) -> KVUsage | None:
@@ -115,6 +117,8 @@ def _kv_usage(request: Request, block_bytes: int) -> KVUsage | None:
         + (len(request.packed) - num_shared) * block_bytes,
         shared_bytes=num_shared * block_bytes,
         bits_per_value=policy.bits_per_value,
+        format=policy.plan.format,
+        rungs=list(request.rungs),
     )
 
 

@@ -43,6 +43,10 @@ class PartPool:
         """Blocks that `allocate` would break."""
         return self.blocks_for(max(0, num_parts - self.num_free))
 
+    def num_from(self, num_blocks: int) -> int:
+        """Parts that `allocate` can hand out if it breaks at most so many blocks."""
+        return self.num_free + num_blocks * self.parts_per_block
+
     def allocate(self, num_parts: int) -> list[int]:
         """So many parts, or OutOfBlocks and no change."""
         if num_parts > self.num_available:

@@ -45,6 +45,7 @@ class Compaction(msgspec.Struct, frozen=True, gc=False):
     # New packed blocks of the row. What is older than the slots kept goes there, behind what is packed already, and the
     # table keeps the other blocks.
     packed: tuple[int, ...] = ()
+    num_packed: int | None = None  # so many packed blocks stay and the others go; nothing else changes
 
 
 # A chunk and its result are made for every row in every step: structs, because they cost a tenth of a frozen dataclass.
@@ -117,7 +118,7 @@ class ChunkResult(msgspec.Struct, frozen=True):
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None  # "numerical_error": a hidden state or logit of the chunk is not finite
     filtered: tuple[int, ...] = ()  # with the last prompt chunk of a row that filters: places of the tokens that stay
-    kept_blocks: tuple[int, ...] = ()  # where whole blocks leave the table: the places of those that stay
+    kept_blocks: tuple[int, ...] = ()  # where whole blocks, or packed ones, leave: the places of those that stay
     num_merged: int = 0  # tokens that the chunk's compaction merged into others, on average over the kv heads
     pooled: tuple[bytes, tuple[int, ...]] | None = None  # float32 data and shape, with the last chunk of a pooling row
     taps: TapRows | None = None  # what the chunk asked for

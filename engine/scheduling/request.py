@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from engine.scheduling.compression import CachePlan, ResolvedPolicy
 from engine.scheduling.prefix_cache import HashChain
 from engine.speculation.options import Speculating
-from engine.types import EngineRequest, PoolingParams, SamplingParams, TokenLogprob
+from engine.types import EngineRequest, PoolingParams, Rung, SamplingParams, TokenLogprob
 
 MAX_FORCED_TOKENS = 16  # more at once are scheduled as a prompt is
 
@@ -67,11 +67,12 @@ class Request:
     token_ids: list[int]  # prompt, then outputs
     num_prompt_tokens: int
     chain: HashChain | None  # None: neither reads nor enters the prefix cache
-    policy: ResolvedPolicy | None = None  # how its cache is kept: its family's, or another under pressure
+    policy: ResolvedPolicy | None = None  # how its cache is kept: its family's, or, for good, another under pressure
     status: Status = Status.PARKED
     tables: list[BlockTable] = field(default_factory=lambda: [BlockTable()])  # by group; [0] is the dense one
     reserved: list[list[int]] = field(default_factory=list)  # tables to come: of the compaction in the step in flight
     packed: list[int] = field(default_factory=list)  # blocks with its older tokens, in another format
+    num_packed: int = 0  # tokens in them
     is_compressed: bool = False  # it has tokens that the cache no longer has: nothing more of it may be shared
     num_computed_tokens: int = 0  # logical: tokens whose keys and values have been computed
     num_published_blocks: int = 0
@@ -88,6 +89,7 @@ class Request:
     is_filtering: bool = False  # the prompt will be replaced by a part of itself
     num_merged: int = 0  # dropped tokens that live on in the mean of others
     num_blocks_released: int = 0  # given back by compactions, before the end
+    rungs: list[Rung] = field(default_factory=list)  # what was done to its cache because memory was short
 
     @property
     def request_id(self) -> str:
@@ -114,7 +116,7 @@ class Request:
     @property
     def num_evicted(self) -> int:
         """Those of them that are gone: the others are packed."""
-        return 0 if self.packed else self.num_dropped
+        return self.num_dropped - self.num_packed
 
     @property
     def priority(self) -> int:

@@ -165,7 +165,7 @@ class Scheduler:
                 policy=policy,
                 is_filtering=policy is not None and policy.plan.num_filtered is not None,
                 prompt_logprobs=[None] if choice == 0 and sampling.prompt_logprobs is not None else None,
-                speculating=None if speculation is None else Speculating(speculation),
+                speculating=None if speculation is None else Speculating(speculation, taps=speculation.first_taps),
             )
         self.roster.add(family, now)
         self._deadlines.arrived(family)
@@ -264,7 +264,8 @@ class Scheduler:
             "num_waiting": self.roster.num_waiting,
             "waiting_tokens": self.roster.queue.num_tokens,
             "oldest_waiting_s": self._oldest_waiting_s(self._clock()),
-            "num_shrunk": 0 if self._pressure is None else self._pressure.num_shrunk,
+            "num_shrunk": 0 if self._pressure is None else self._pressure.taken.total(),
+            "rungs": {} if self._pressure is None else dict(self._pressure.taken),
         }
         return report(self._counters, self.cache.pool.counts, self.cache.prefix_stats, gauges)
 
@@ -403,7 +404,14 @@ class Scheduler:
     def _add_guesses(self, draft: _Draft) -> None:
         """Decoding rows check their drafts as far as tokens and blocks are left over."""
         for request, chunk in draft.chunks.items():
-            if request.speculating is None or not chunk.is_decode or chunk.compaction is not None:
+            if request.speculating is None:
+                continue
+            taps = request.speculating.taps
+            if taps is not None and taps.hidden_last and chunk.is_sampling:
+                chunk = draft.chunks[request] = msgspec.structs.replace(chunk, taps=taps)
+            if not chunk.is_decode or chunk.compaction is not None:
+                continue
+            if taps is None and not request.speculating.draft.tokens:
                 continue
             tree = fitting_draft(request, draft.budget, self._max_model_len)
             if tree.tokens:
@@ -412,6 +420,7 @@ class Scheduler:
                 chunk,
                 num_tokens=chunk.num_tokens + len(tree),
                 new_block_ids=chunk.new_block_ids + self.cache.take_new_blocks(request),
+                new_parts=chunk.new_parts + self.cache.take_new_parts(request),
                 draft=tree if tree.tokens else None,
                 verifier=request.speculating.options.verifier,
                 taps=request.speculating.taps,
@@ -503,7 +512,10 @@ class Scheduler:
             self.cache.trim(request)
             self.cache.publish(request)
             count_draft(request, chunk.draft, outcome.accepted, num_new_tokens, self._counters.drafts)
-        if request.speculating is not None:
+        speculating = request.speculating
+        if speculating is None:
+            return
+        if chunk.draft is not None or outcome.taps is not None or not speculating.is_followed:
             self.progress.append(Progress(request, chunk.draft, outcome.accepted, num_new_tokens, outcome.taps))
 
     def _shorten_prompt(self, request: Request, places: Sequence[int]) -> None:
@@ -573,12 +585,16 @@ class Scheduler:
 def _fork_source(request: Request) -> Request | None:
     """A running choice of the same family that has computed the prompt, for one that has nothing of its own yet.
 
-    Not with a cache that shrinks: what is left of the source's is not the prompt.
+    Not from or with a cache that shrinks: what is left of the prompt then is not the prompt.
     """
-    plan = request.cache_plan
-    if request.num_output_tokens or (plan is not None and plan.first_point is not None):
+    if request.num_output_tokens or _shrinks(request):
         return None
     for other in request.family.choices.values():
-        if other.status is Status.RUNNING and other.has_computed_prompt:
+        if other.status is Status.RUNNING and other.has_computed_prompt and not _shrinks(other):
             return other
     return None
+
+
+def _shrinks(request: Request) -> bool:
+    plan = request.cache_plan
+    return plan is not None and plan.first_point is not None

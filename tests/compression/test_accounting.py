@@ -7,19 +7,29 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 
 from engine.compression import registry
 from engine.compression.base import CacheShape
+from engine.compression.composed import compose
+from engine.compression.ladder import ladder
 from engine.compression.razor_attention import RazorAttention
+from engine.compression.resolver import Policies
 from engine.config import CacheConfig, SchedulerConfig
+from engine.models.batch import KVSpec
 from engine.scheduling.compression import Realisation, ResolvedPolicy
 from engine.scheduling.invariants import check_invariants
 from engine.scheduling.plan import Chunk, ChunkResult, StepPlan, StepResult
+from engine.scheduling.pressure import Pressure
 from engine.scheduling.scheduler import Scheduler
+from engine.speculation.options import SpeculationOptions
+from engine.speculation.tree import DraftTree
 from engine.types import EngineRequest, SamplingParams
 
 BLOCK_SIZE = 4
 SHAPE = CacheShape(num_layers=3, num_kv_heads=2, head_dim=32, head_dim_v=32, block_size=BLOCK_SIZE)
+SPEC = KVSpec(num_layers=3, num_kv_heads=2, head_dim=32, head_dim_v=32)
+LADDER = '["int8", {"name": "streaming_llm", "budget": 5}]'
 RAZOR = RazorAttention(num_sink=2, min_recent=6, divisor=20.0, period=4).bind(((0, 1), (2, 0)))
 CHOICES: list[dict[str, Any] | None] = [
     None,
@@ -31,6 +41,8 @@ CHOICES: list[dict[str, Any] | None] = [
     {"name": "quest", "budget": 12},
     {"name": "gemfilter", "budget": 10, "num_recent": 3},
     {"name": "int8"},
+    {"name": "snapkv", "budget": 6, "window": 4, "format": "int8"},
+    {"name": "h2o", "budget": 17, "period": 0, "format": {"name": "kivi", "bits": 2}},
     {"name": "razor"},
 ]
 
@@ -41,9 +53,34 @@ class Resolver:
     def resolve(self, choice: Mapping[str, Any] | None, num_prompt_tokens: int) -> ResolvedPolicy | None:
         if choice is None:
             return None
-        options = {name: value for name, value in choice.items() if name != "name"}
-        policy = RAZOR if choice["name"] == "razor" else registry.create(choice["name"], options)
+        options = {name: value for name, value in choice.items() if name not in ("name", "format")}
+        policy: Any = RAZOR if choice["name"] == "razor" else registry.create(choice["name"], options)
+        if "format" in choice:
+            policy = compose(policy, choice["format"], SHAPE)
         return ResolvedPolicy(policy.plan(num_prompt_tokens, SHAPE), 8.0, policy)
+
+
+class Speculation:
+    """Whoever asks for it speculates; see `engine.speculation.options.SpeculationResolver`."""
+
+    def resolve(self, choice: Mapping[str, Any] | None) -> SpeculationOptions | None:
+        return None if choice is None else SpeculationOptions(("ngram",), 12)
+
+
+def guess(scheduler: Scheduler, numbers: random.Random) -> None:
+    """Drafts of all shapes for some of those who speculate."""
+    for request in scheduler.roster.running:
+        if request.speculating is not None and numbers.random() < 0.8:
+            parents = [numbers.randint(-1, i - 1) for i in range(numbers.randrange(12))]
+            tokens = tuple(range(10, 10 + len(parents)))
+            request.speculating.draft = DraftTree(
+                tokens, tuple(parents), (0.5,) * len(tokens), ("ngram",) * len(tokens)
+            )
+
+
+def walked(draft: DraftTree | None, numbers: random.Random) -> tuple[int, ...]:
+    """A path of the draft."""
+    return () if draft is None else draft.path(numbers.randrange(-1, len(draft)))
 
 
 def result_of(scheduler: Scheduler, chunk: Chunk, numbers: random.Random) -> ChunkResult:
@@ -59,13 +96,19 @@ def result_of(scheduler: Scheduler, chunk: Chunk, numbers: random.Random) -> Chu
     is_deferred = chunk.is_sampling and numbers.random() < 0.05
     kept_blocks: tuple[int, ...] = ()
     plan = request.cache_plan
+    if chunk.compaction is not None and chunk.compaction.num_packed is not None and not is_deferred:
+        num_older = len(request.packed) - 1  # the newest stays
+        kept_blocks = (*sorted(numbers.sample(range(num_older), chunk.compaction.num_packed - 1)), num_older)
     if chunk.compaction is not None and plan is not None and plan.realisation is Realisation.BLOCKS and not is_deferred:
         pinned = range(-(-request.num_prompt_tokens // BLOCK_SIZE))  # RaaS keeps the prompt
         others = range(len(pinned), len(request.tables[0].block_ids))
         num_others = chunk.compaction.kept[0] // BLOCK_SIZE - len(pinned)
         kept_blocks = (*pinned, *sorted(numbers.sample(others, num_others)))
-    token_ids = (numbers.randrange(10, 99),) if chunk.is_sampling and not is_deferred else ()
-    return ChunkResult(token_ids=token_ids, is_deferred=is_deferred, kept_blocks=kept_blocks)
+    if not chunk.is_sampling or is_deferred:
+        return ChunkResult(is_deferred=is_deferred, kept_blocks=kept_blocks)
+    accepted = walked(chunk.draft, numbers)
+    token_ids = (*(chunk.draft.tokens[node] for node in accepted if chunk.draft), numbers.randrange(10, 99))
+    return ChunkResult(token_ids=token_ids, accepted=accepted, kept_blocks=kept_blocks)
 
 
 def drive(num_requests: int, seed: int) -> Scheduler:
@@ -77,6 +120,10 @@ def drive(num_requests: int, seed: int) -> Scheduler:
         num_blocks=34,
         max_model_len=96,
         policies=Resolver(),
+        pressure=Pressure(
+            ladder(LADDER, Policies(CacheConfig(block_size=BLOCK_SIZE), SPEC, torch.float32)), is_default=True
+        ),
+        speculation=Speculation(),  # type: ignore[arg-type]
     )
     added = 0
     prefixes = [[numbers.randrange(10, 99) for _ in range(40)] for _ in range(3)]
@@ -88,10 +135,12 @@ def drive(num_requests: int, seed: int) -> Scheduler:
                     prompt_token_ids=[*numbers.choice(prefixes)[: numbers.randrange(1, 40)], numbers.randrange(10, 99)],
                     sampling=SamplingParams(temperature=0.0, max_tokens=numbers.randrange(1, 40), ignore_eos=True),
                     num_choices=numbers.choice([1, 1, 1, 2]),
-                    kv_policy=numbers.choice(CHOICES),
+                    kv_policy=numbers.choice([*CHOICES, None, None, None]),
+                    speculative=numbers.choice([None, {}]),
                 )
             )
             added += 1
+        guess(scheduler, numbers)
         plan: StepPlan = scheduler.schedule()
         check_invariants(scheduler, plan)
         result = StepResult(chunks=tuple(result_of(scheduler, chunk, numbers) for chunk in plan.chunks))
@@ -109,8 +158,10 @@ def test_random_traffic_leaks_no_block() -> None:
     scheduler = drive(150, seed=1)
     stats = scheduler.stats()
     assert stats.num_preemptions > 0, "the pool is large enough for everybody: nothing was tried"
+    assert set(stats.rungs) == {"int8", "streaming_llm"}
     assert set(stats.compression) == {"snapkv", "h2o", "streaming_llm", "pyramidkv", "raas", "int8", "razor_attention"}
     assert set(scheduler.cache.compaction.part_pools) == {3, 6}, "tables per layer and per head were there"
+    assert stats.spec_steps > 100
 
 
 @pytest.mark.slow

@@ -32,6 +32,12 @@ def test_a_request_chooses_its_policy_and_is_told_what_it_took(server_url: str, 
     assert usage["completion_tokens"] == 12
 
 
+def test_a_policy_with_a_format_is_reported_as_both(server_url: str) -> None:
+    kv = ask(server_url, kv_policy={"name": "snapkv", "budget": 64, "format": "int8"}).json()["usage"]["kv"]
+    assert (kv["policy"], kv["format"], kv["bits_per_value"], kv["rungs"]) == ("snapkv", "int8", 8, [])
+    assert kv["evicted_tokens"] > 100
+
+
 def test_a_name_alone_is_a_choice_too(server_url: str) -> None:
     assert ask(server_url, kv_policy="snapkv").json()["usage"]["kv"]["policy"] == "snapkv"
     assert "kv" not in ask(server_url, kv_policy="full").json()["usage"]
@@ -68,6 +74,7 @@ def test_a_stream_ends_with_the_same_report(server_url: str) -> None:
         ({"name": "snapkv", "budget": 0}, ("budget", "at least 1")),
         ({"name": "snapkv", "budget": 10, "ratio": 0.5}, ("budget", "ratio")),
         ({"name": "snapkv", "colour": "red"}, ("colour", "window")),
+        ({"name": "h2o", "format": "int8"}, ("h2o", "set period to 0")),
         ({"budget": 10}, ("name",)),
         (17, ("name",)),
     ],
