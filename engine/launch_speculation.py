@@ -14,16 +14,19 @@ from engine.config import Config
 from engine.errors import ConfigError
 from engine.mimir import MODELS, model_path
 from engine.speculation.base import Drafter
-from engine.speculation.catalogue import MODEL_DRAFTERS, drafters
+from engine.speculation.catalogue import HEAD_DRAFTERS, MODEL_DRAFTERS, drafters
 from engine.speculation.draft_cache import DraftCache
+from engine.speculation.eagle import Eagle
 from engine.speculation.model_drafter import ModelDrafter
 
 if TYPE_CHECKING:
     from engine.execution.draft_model import DraftLanguageModel
+    from engine.execution.eagle.files import Head
     from engine.models.batch import Model
 
 logger = logging.getLogger(__name__)
 
+HEAD_FOLDER = "eagle"  # in a model's folder, where its head is by default
 BUNDLED = {"mimir": "mimir-draft"}  # what "auto" means for a bundled model; for any other it is none
 
 
@@ -39,13 +42,15 @@ class DrafterSource:
         self._target = target
         self._loaded: tuple[DraftLanguageModel, DraftCache] | None = None
         self._path = _draft_path(config, target)
+        self._head = _find_head(config, target)
         if self._path is not None and config.speculation.speculative_draft_model != "auto":
             self._loaded = self._load(self._path)
 
     @property
     def names(self) -> list[str]:
-        """Drafters that can be made here: those that need a model only where there is one."""
-        return [name for name in drafters.names() if self._path is not None or name not in MODEL_DRAFTERS]
+        """Drafters that can be made here: those that need a model, or a head, only where there is one."""
+        lacking = {*(() if self._path else MODEL_DRAFTERS), *(() if self._head else HEAD_DRAFTERS)}
+        return [name for name in drafters.names() if name not in lacking]
 
     def make(self, name: str) -> Drafter:
         drafter = drafters.create(name)
@@ -54,7 +59,22 @@ class DrafterSource:
             if self._loaded is None:
                 self._loaded = self._load(self._path)
             drafter.attach(*self._loaded)
+        elif isinstance(drafter, Eagle):
+            self._attach_head(drafter)
         return drafter
+
+    def _attach_head(self, drafter: Eagle) -> None:
+        from engine.execution.eagle.runner import EagleRunner
+        from engine.models.decoder import Decoder
+
+        assert self._head is not None, "the drafter is not among the names then"
+        assert isinstance(self._target, Decoder), "looked at when the head was found"
+        block_size = self._config.cache.block_size
+        num_blocks = -(-self._config.speculation.speculative_draft_cache_tokens // block_size) + 1
+        drafter.attach(
+            EagleRunner(self._target, self._head, num_blocks=num_blocks, block_size=block_size),
+            DraftCache(num_blocks, block_size),
+        )
 
     def _load(self, path: Path) -> tuple[DraftLanguageModel, DraftCache]:
         from engine.execution.draft_model import DraftLanguageModel
@@ -94,6 +114,35 @@ def _draft_path(config: Config, target: Model) -> Path | None:
             f"speculative_draft_model {name!r} has another tokenizer than the model, so its guesses would mean nothing"
         )
     return path
+
+
+def _find_head(config: Config, target: Model) -> Head | None:
+    """The trained head of the model, None without one.
+
+    Raises ConfigError for one that was asked for by name and does not fit. One in the model's own folder that does not,
+    as after training, is left out with a warning.
+    """
+    from engine.compression.artefacts import model_digest
+    from engine.execution.eagle.files import CONFIG_FILE, read
+    from engine.models.decoder import Decoder
+
+    asked, model = config.speculation.speculative_eagle_head, config.model.model
+    folder = model_path(model) if model in MODELS else Path(model)
+    path = folder / HEAD_FOLDER if asked == "auto" else Path(asked)
+    if asked == "none" or (asked == "auto" and not (path / CONFIG_FILE).is_file()):
+        return None
+    try:
+        head = read(path, model_digest(folder))
+        if not isinstance(target, Decoder) or config.runtime.load_format == "dummy":
+            raise ConfigError("the head works with the real weights of a native decoder only")
+        if target.config.hidden_size != head.shape.hidden_size:
+            raise ConfigError(f"{path} is for another width than the model's {target.config.hidden_size}")
+    except ConfigError as error:
+        if asked != "auto":
+            raise
+        logger.warning("%s; the drafter eagle is not offered", error)
+        return None
+    return head
 
 
 def _vocabulary(path: Path) -> dict[str, int] | None:

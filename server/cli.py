@@ -1,4 +1,4 @@
-"""The `kvasir` command: serve, batch, chat, complete, calibrate, frontier, bench, version.
+"""The `kvasir` command: serve, batch, chat, complete, calibrate, train-drafter, frontier, bench, version.
 
 Translates flags into calls; no more.
 """
@@ -104,6 +104,30 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(calibrate)
     calibrate.set_defaults(run=_calibrate)
 
+    train = commands.add_parser(
+        "train-drafter",
+        allow_abbrev=False,
+        usage="kvasir train-drafter [-h] [--out FOLDER] [--minutes M] [--prompts FILE] [--tokens N] [--config FILE] "
+        "[OPTIONS] [MODEL]",
+        help="train a head that guesses ahead for a model (the drafter eagle)",
+        description="The model answers prompts, and a layer learns to guess its next hidden state from the last one. "
+        "The head is written to one folder, by default beside the weights, where `kvasir serve` finds it. Options are "
+        "those of `kvasir serve`.",
+    )
+    train.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
+    train.add_argument("--out", metavar="FOLDER", help="default: the folder eagle in the model's")
+    train.add_argument("--minutes", type=float, default=20.0, help="for everything (default: %(default)g)")
+    train.add_argument(
+        "--prompts", metavar="FILE", help='a prompt in each line: text, {"prompt": ...} or {"messages": [...]}; '
+        "default: the corpus of a bundled model",
+    )  # fmt: skip
+    train.add_argument(
+        "--tokens", type=int, default=250_000, help="that the model writes at most (default: %(default)d)"
+    )
+    train.add_argument("--config", metavar="CONFIG", help="TOML file, see configs/")
+    add_flags(train)
+    train.set_defaults(run=_train_drafter)
+
     commands.add_parser("bench", help="measure an OpenAI-compatible server")
     commands.add_parser("frontier", help="measure what cache policies cost in quality, and what they save")
 
@@ -147,6 +171,21 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from engine.launch_calibration import calibrate
 
     print(calibrate(config, None if arguments.out is None else Path(arguments.out)))
+    return 0
+
+
+def _train_drafter(arguments: argparse.Namespace) -> int:
+    config = _config_of(arguments)
+    logs.setup("warning" if config.server.log_level == "info" else config.server.log_level, config.server.log_format)
+    from engine.launch_drafter import DrafterTraining, train_drafter
+
+    training = DrafterTraining(
+        minutes=arguments.minutes,
+        num_tokens=arguments.tokens,
+        prompts=None if arguments.prompts is None else Path(arguments.prompts),
+        seed=config.runtime.seed,
+    )
+    print(train_drafter(config, None if arguments.out is None else Path(arguments.out), training))
     return 0
 
 

@@ -21,6 +21,7 @@ SERVER_MAY_USE = {
     "engine.errors",
     "engine.launch",
     "engine.launch_calibration",
+    "engine.launch_drafter",
     "engine.logs",
     "engine.metrics",
     "engine.sampling_params",

@@ -29,6 +29,8 @@ from engine.types import TokenLogprob
 
 logger = logging.getLogger(__name__)
 
+MAX_TAPPED_BEFORE = 512  # tokens before a draft whose hidden states are shown: a prompt may be long
+
 
 def write_drafts(chunks: Sequence[Chunk], rows: RowTable) -> None:
     """Puts the guessed tokens behind the known ones, where the batch will read them."""
@@ -266,8 +268,11 @@ def taps_of(walk: Walk, logits: Tensor, hidden: Tensor, first: int) -> TapRows |
     if taps.topk:
         best = logits[own].topk(min(taps.topk, logits.shape[1]), dim=1).indices
         topk = best.to("cpu", torch.int32).numpy()
-    last = hidden[first : first + walk.num_logits].float().cpu().numpy() if taps.hidden_last else None
-    return TapRows(topk_ids=topk, hidden=last)
+    if not taps.hidden_last:
+        return TapRows(topk_ids=topk)
+    begin = first - min(walk.chunk.num_tokens - walk.num_logits, MAX_TAPPED_BEFORE)
+    last = hidden[begin : first + walk.num_logits].float().cpu().numpy()
+    return TapRows(topk_ids=topk, hidden=last[first - begin :], hidden_before=last[: first - begin])
 
 
 def keep_accepted(walks: Sequence[Walk], rows: RowTable, cache: KVCache) -> None:

@@ -20,8 +20,8 @@ class Taps:
     """What a drafter wants to see of the target model's pass, for the rows of a draft.
 
     topk           so many best token ids of each row; 0: none
-    hidden_last    the last hidden state of each row
-    hidden_layers  the residual stream behind these layers
+    hidden_last    the last hidden state of each row, and of the tokens computed before the root in the same step
+    hidden_layers  the residual stream behind these layers. No model shows it yet: a drafter that needs it is refused
     """
 
     topk: int = 0
@@ -40,11 +40,14 @@ class Taps:
 class TapRows:
     """What was asked for: row 0 is the root's (the request's last token before the step), row i + 1 that of node i.
 
-    None where it was not asked for, or where the model does not show it: no model here shows `hidden_layers`.
+    None where it was not asked for.
     """
 
     topk_ids: np.ndarray | None = None  # [rows, at least topk] int32, best first
-    hidden: np.ndarray | None = None  # [rows, C] float32
+    hidden: np.ndarray | None = None  # [rows, C] float32, behind the model's last norm
+    # [n, C] float32: of the n tokens right before the root that were computed with it, the newest of them where they
+    # are many: a prompt's last chunk, tokens that a grammar forced, what was lost with a preempted cache
+    hidden_before: np.ndarray | None = None
     hidden_layers: np.ndarray | None = None  # [rows, layers, C] float32
 
 
@@ -90,7 +93,9 @@ class Drafter(Protocol):
     ) -> None:
         """The request got `new_tokens`, of which those of `accepted` (a path of nodes in `tree`) were guessed.
 
-        Called for every admitted request in every step that gave it tokens, also when nothing had been guessed.
+        Called in order for all tokens of every admitted request; those of several steps without a draft may come in one
+        call, before the next `propose` or `drop`. What a request gets last is never told while the load leaves no room
+        for guesses.
         `tree` is what the model saw, which other drafters may have had a part in; see its sources.
         """
 
@@ -123,6 +128,10 @@ class Drafters:
 
     def names(self) -> list[str]:
         return sorted(self._makers)
+
+    def needs(self, name: str) -> Taps:
+        """What a drafter wants to see, known before one is made; nothing for an unknown name."""
+        return getattr(self._makers.get(name), "needs", Taps())
 
     def create(self, name: str, **options: Any) -> Drafter:
         """Raises ConfigError for an unknown name or option."""

@@ -6,6 +6,7 @@ from engine.speculation import (
     aded,
     draft_model,
     dyspec,
+    eagle,
     goose,
     lookahead,
     multi_draft,
@@ -32,5 +33,7 @@ MODEL_DRAFTERS = {
     )
 }
 """Those that guess with a small language model, which has to be there."""
+HEAD_DRAFTERS = {eagle.Eagle.name: eagle.Eagle}
+"""Those that guess with a head that was trained for the target, which has to be there."""
 
-__all__ = ["HOST_DRAFTERS", "MODEL_DRAFTERS", "drafters"]
+__all__ = ["HEAD_DRAFTERS", "HOST_DRAFTERS", "MODEL_DRAFTERS", "drafters"]

@@ -13,8 +13,10 @@ from typing import Any
 from engine.config import SpeculationConfig
 from engine.errors import ConfigError, InvalidParameter
 from engine.speculation.base import Taps
+from engine.speculation.base import drafters as registry
 from engine.speculation.tree import EMPTY, DraftTree
 from engine.speculation.verifiers import VERIFIERS
+from engine.types import SpeculationUsage
 
 MAX_ACCEPT = "max_accept"  # whichever rule accepts most of a draft
 NAMES = ("walk", MAX_ACCEPT, *(name for name in VERIFIERS if name != "walk"))
@@ -34,6 +36,12 @@ class SpeculationOptions:
     max_nodes: int
     verifier: str = "walk"
 
+    @property
+    def first_taps(self) -> Taps | None:
+        """What is to be seen of the step that computes a prompt's end, before any drafter was made or asked."""
+        needs_hidden = any(registry.needs(name).hidden_last for name in self.drafters)
+        return Taps(hidden_last=True) if needs_hidden else None
+
 
 @dataclass(slots=True)
 class Speculating:
@@ -42,6 +50,7 @@ class Speculating:
     draft     for its next step; empty in between, and whenever nothing was guessed
     taps      what its drafters want to see of the model's pass
     num_steps steps that checked a draft; nodes checked and accepted, by who guessed them
+    usage     what answers report of these numbers; None: they have changed since it was made
     """
 
     options: SpeculationOptions
@@ -50,6 +59,8 @@ class Speculating:
     num_steps: int = 0
     drafted: Counter[str] = field(default_factory=Counter)
     accepted: Counter[str] = field(default_factory=Counter)
+    usage: SpeculationUsage | None = None
+    is_followed: bool = False  # its drafters know of it: steps without a draft need not be told at once
 
 
 class SpeculationResolver:

@@ -104,6 +104,17 @@ class DraftTree:
             q=q,
         )
 
+    def first_path(self) -> DraftTree:
+        """The chain from the root along first children, `delta` where that leaves some out: see `first`."""
+        nodes: list[int] = []
+        for index, parent in enumerate(self.parents):
+            if parent == (nodes[-1] if nodes else -1):
+                nodes.append(index)
+        if len(nodes) == len(self.tokens):
+            return self
+        kept = self.select(nodes)
+        return DraftTree(kept.tokens, kept.parents, kept.values, kept.sources)
+
     def first(self, num_nodes: int) -> DraftTree:
         """The tree of its first nodes, `delta`: which ones come first may depend on what was drawn."""
         if len(self.tokens) <= num_nodes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.config import CacheConfig, Config, ModelConfig, RuntimeConfig, SchedulerConfig
+from engine.config import CacheConfig, Config, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
 from engine.constraints.vocabulary import Vocabulary
 from engine.core import EngineCore
 from engine.launch import wire
@@ -40,6 +40,7 @@ def core_for(
     vocabulary: Vocabulary | None = None,
     jump_ahead: bool = True,
     pressure_policy: str = "",
+    eagle_head: str = "auto",
 ) -> EngineCore:
     """A fresh core around a loaded model; small blocks, so that short prompts span several."""
     config = Config(
@@ -53,6 +54,7 @@ def core_for(
         ),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
         runtime=RuntimeConfig(jump_ahead=jump_ahead),
+        speculation=SpeculationConfig(speculative_eagle_head=eagle_head),
     )
     core, _ = wire(model, config, torch.device("cpu"), vocabulary)
     return core

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
@@ -32,6 +33,7 @@ class Scripted:
         self.random = random.Random(5)
         self.known: dict[str, list[int]] = {}  # outputs by request, as told
         self.num_accepted = 0
+        self.accepted: Counter[str] = Counter()  # by request
         self.num_dropped = 0
         self.taps: list[tuple[DraftTree, TapRows]] = []
 
@@ -55,6 +57,7 @@ class Scripted:
     ) -> None:
         self.known[key].extend(new_tokens)
         self.num_accepted += len(accepted)
+        self.accepted[key] += len(accepted)
         # the path reads like the output, unless a stop cut it
         for node, token_id in zip(accepted, new_tokens, strict=False):
             assert tree.tokens[node] == token_id

@@ -15,7 +15,7 @@ from engine.launch_speculation import DrafterSource
 from engine.mimir import model_path
 from engine.models import load_model
 from engine.models.batch import Model
-from engine.speculation.catalogue import MODEL_DRAFTERS, drafters
+from engine.speculation.catalogue import HEAD_DRAFTERS, MODEL_DRAFTERS, drafters
 from engine.types import EngineRequest, SamplingParams
 from tests.e2e.driving import run
 
@@ -32,16 +32,20 @@ def config(draft_model: str = "auto", model: str = "mimir") -> Config:
         model=ModelConfig(model=model, max_model_len=256),
         cache=CacheConfig(block_size=16, num_blocks=64),
         speculation=SpeculationConfig(
-            speculative_draft_model=draft_model, speculative_draft_cache_tokens=1000, speculative_budget="fixed"
+            speculative_draft_model=draft_model,
+            speculative_eagle_head="none",
+            speculative_draft_cache_tokens=1000,
+            speculative_budget="fixed",
         ),
     )
 
 
 def test_mimir_brings_its_own_draft_model_and_other_models_none(mimir: Model, tmp_path: Path) -> None:
     assert set(MODEL_DRAFTERS) == EXPECTED
-    assert set(DrafterSource(config(), mimir).names) == set(drafters.names())
-    assert set(DrafterSource(config(model=str(tmp_path)), mimir).names) == set(drafters.names()) - EXPECTED
-    assert set(DrafterSource(config("none"), mimir).names) == set(drafters.names()) - EXPECTED
+    known = set(drafters.names()) - set(HEAD_DRAFTERS)
+    assert set(DrafterSource(config(), mimir).names) == known
+    assert set(DrafterSource(config(model=str(tmp_path)), mimir).names) == known - EXPECTED
+    assert set(DrafterSource(config("none"), mimir).names) == known - EXPECTED
 
 
 def test_a_folder_that_is_no_model_is_refused(mimir: Model, tmp_path: Path) -> None:

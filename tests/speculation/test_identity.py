@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,6 +16,7 @@ from engine.core import EngineCore
 from engine.models import load_model
 from engine.models.batch import ForwardBatch, KVCache, Model
 from engine.scheduling.invariants import check_invariants
+from engine.scheduling.plan import StepPlan, StepResult
 from engine.speculation.base import Taps
 from engine.speculation.tree import DraftTree
 from engine.types import EngineRequest
@@ -265,6 +268,44 @@ def test_taps_show_the_targets_best_tokens_at_every_node(model: Model, expected:
         while (node := tree.child(node, greedy[place - 1])) >= 0:
             assert taps.topk_ids[node + 1, 0] == greedy[place]
             place += 1
+
+
+class Listener(Scripted):
+    """Counts what it is told, and keeps what it knew at the end."""
+
+    def __init__(self, needs: Taps | None = None) -> None:
+        super().__init__(hostile.random_tree(300), needs)
+        self.num_told = 0
+        self.outputs: list[list[int]] = []
+
+    def on_commit(self, key: str, *args: Any) -> None:
+        self.num_told += 1
+        super().on_commit(key, *args)
+
+    def drop(self, key: str) -> None:
+        self.outputs.append(list(self.known[key]))
+        super().drop(key)
+
+
+def test_drafters_that_rest_cost_nothing(model: Model, expected: Answers) -> None:
+    """Where the load leaves no room for guesses, drafters hear of a request when it begins and no more."""
+    drafter = Listener(Taps(topk=3))
+    core = equip(core_for(model), drafter, max_rows=0)
+    asked = [one for one in traffic() if one.num_choices == 1][:5]
+    tapped = Counter[int]()
+    execute = core.runner.execute
+
+    def counted(plan: StepPlan) -> StepResult:
+        tapped.update(chunk.row for chunk in plan.chunks if chunk.taps is not None)
+        return execute(plan)
+
+    core.runner.execute = counted  # type: ignore[method-assign]
+    answers = run(core, speculating(asked))
+    assert_same(answers, {key: answer for key, answer in expected.items() if key in answers})
+    assert drafter.num_told == len(asked)
+    assert sorted(drafter.outputs) == sorted(answer.token_ids[:1] for answer in answers.values())
+    assert max(tapped.values(), default=0) <= 1, "no step is taken off the plain path for who does not guess"
+    assert_nothing_is_left(core, drafter)
 
 
 def test_the_output_tells_what_speculation_did(model: Model, expected: Answers) -> None:

@@ -8,6 +8,8 @@ import msgspec
 import pytest
 import torch
 
+from engine.compression.artefacts import model_digest
+from engine.execution.eagle.files import write
 from engine.mimir import model_path
 from engine.models import load_model
 from engine.models.batch import Model
@@ -16,6 +18,7 @@ from engine.speculation.manager import FixedBudget
 from engine.text.tokenizer import Tokenizer
 from engine.types import EngineRequest
 from tests.e2e.driving import Answer, core_for, request, run, tokens
+from tests.speculation.heads import random_head
 
 NUM_PROMPTS = 200
 NUM_TOKENS = 128
@@ -40,6 +43,14 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
+def head(model: Model, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of random weights: what the drafter eagle guesses is nearly always wrong, and has to be put away."""
+    path = tmp_path_factory.mktemp("head")
+    write(random_head(model_digest(model_path("mimir")), width=128), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
 def prompts() -> list[EngineRequest]:
     """Texts that repeat themselves more or less, a third of them with one beginning; every other one is sampled."""
     tokenizer = Tokenizer.from_folder(model_path("mimir"))
@@ -56,14 +67,14 @@ def prompts() -> list[EngineRequest]:
 
 
 @pytest.fixture(scope="module")
-def expected(model: Model, prompts: list[EngineRequest]) -> dict[tuple[str, int], list[int]]:
-    return tokens(run_in_turns(model, prompts, num_blocks=1000, budget=512))
+def expected(model: Model, prompts: list[EngineRequest], head: str) -> dict[tuple[str, int], list[int]]:
+    return tokens(run_in_turns(model, prompts, head, num_blocks=1000, budget=512))
 
 
 def run_in_turns(
-    model: Model, requests: list[EngineRequest], *, num_blocks: int, budget: int
+    model: Model, requests: list[EngineRequest], head: str, *, num_blocks: int, budget: int
 ) -> dict[tuple[str, int], Answer]:
-    core = core_for(model, num_blocks=num_blocks, budget=budget, max_model_len=240)
+    core = core_for(model, num_blocks=num_blocks, budget=budget, max_model_len=240, eagle_head=head)
     core.speculation._budget = FixedBudget(64)  # guesses whether it pays off or not
     answers: dict[tuple[str, int], Answer] = {}
     for first in range(0, len(requests), 50):
@@ -76,11 +87,11 @@ def run_in_turns(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", drafters.names())
 def test_every_drafter_leaves_200_answers_of_128_tokens_as_they_are(
-    name: str, model: Model, prompts: list[EngineRequest], expected: dict[tuple[str, int], list[int]]
+    name: str, model: Model, prompts: list[EngineRequest], head: str, expected: dict[tuple[str, int], list[int]]
 ) -> None:
     choice = {"drafters": [name], "max_nodes": 12}
     asking = [msgspec.structs.replace(one, speculative=choice) for one in prompts]
-    found = run_in_turns(model, asking, num_blocks=NUM_BLOCKS, budget=40)
+    found = run_in_turns(model, asking, head, num_blocks=NUM_BLOCKS, budget=40)
     assert tokens(found) == expected
     assert sum(answer.num_preemptions for answer in found.values()) > 0, "the pool was meant to be too small"
     assert sum(answer.num_cached_tokens for answer in found.values()) > 0

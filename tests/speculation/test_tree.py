@@ -40,6 +40,15 @@ def test_a_cut_keeps_what_is_worth_most_and_every_parent() -> None:
     assert TREE.first(2).tokens == (5, 6)
 
 
+def test_the_first_path_of_a_tree_is_a_chain_and_that_of_a_chain_is_the_chain() -> None:
+    path = TREE.first_path()
+    assert (path.tokens, path.parents) == ((5, 6, 7), (-1, 0, 1))
+    assert path.first_path() is path
+    assert EMPTY.first_path() is EMPTY
+    forked_late = DraftTree((1, 2, 3, 4), (-1, -1, 1, 0), (0.5,) * 4, ("a",) * 4)
+    assert forked_late.first_path().tokens == (1, 4)
+
+
 def test_equal_values_are_cut_from_the_end() -> None:
     chain = DraftTree.chain(list(range(8)), source="a")
     assert chain.within(3, 9).tokens == (0, 1, 2)
@@ -50,7 +59,7 @@ def test_what_was_drawn_loses_its_kind_when_it_is_cut_by_value_and_not_by_depth(
     drawn = DraftTree((1, 2, 1), (-1, -1, 0), (1.0, 1.0, 1.0), ("a",) * 3, "swor", q)
     assert drawn.problem() is None
     assert drawn.within(2, 9).kind == "delta"
-    assert drawn.first(2).kind == "delta"
+    assert drawn.first(2).kind == drawn.first_path().kind == "delta"
     shallow = drawn.within(9, 1)
     assert shallow.kind == "swor"
     assert shallow.problem() is None

@@ -1,0 +1,1 @@
+"""The trained drafter of one layer: its file, its passes while serving, and its training."""
