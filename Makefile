@@ -36,8 +36,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## start the bundled model, measure it, stop it
-	$(BIN)/python -m loadtest.run --self $(ARGS)
+bench: $(VENV)/.dev  ## start the bundled model, measure it, stop it; report in bench-report/
+	$(BIN)/python -m loadtest.run $(ARGS)
 
 gpu: ## every GPU check and benchmark, JSON under loadtest/results/; uses the Python that has CUDA torch
 	$(PYTHON) -m loadtest.gpu $(ARGS)

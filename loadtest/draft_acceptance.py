@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +24,10 @@ import numpy as np
 from engine.speculation.base import NO_TAPS, Drafter, RequestView, TapRows
 from engine.speculation.catalogue import drafters
 from engine.speculation.tree import DraftTree
+from loadtest.texts import edited
 
 MICROSECONDS = 1e6
 MAX_TOKENS = 2048  # of a prompt and its output
-NAMES = ("total", "entries", "buffer", "handle", "limit")
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,6 @@ def texts(kind: str, count: int, seed: int) -> Iterator[tuple[str, str]]:
             start = source.index("\n", generator.randrange(len(source) - 5000))
             before, after = source[start : start + 3000], source[start + 3000 : start + 4200]
             yield (before, after) if kind == "code" else (before[:1500], edited(before[:1500], generator))
-
-
-def edited(source: str, generator: Random) -> str:
-    """The text with one of its identifiers renamed throughout, as an assistant would write it again."""
-    words = sorted(set(re.findall(r"[A-Za-z_]{4,}", source)))
-    if not words:
-        return source
-    return re.sub(rf"\b{generator.choice(words)}\b", generator.choice(NAMES), source)
 
 
 KINDS = ("chat", "code", "edit", "copy", "prose", "json")

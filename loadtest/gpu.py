@@ -108,85 +108,49 @@ def measure_kernels() -> list[dict[str, Any]]:
 
 def decode_attention(batch: int, context: int) -> dict[str, Any]:
     """One new token per row; the floor is reading all keys and values once."""
-    import torch
+    from loadtest.micro.attention import decode_bench
+    from loadtest.micro.setup import cuda_setup
 
-    import kernels
-
-    heads, kv_heads, dim, block = 32, 8, 128, 16
-    blocks = context // block
-    cache = torch.randn(batch * blocks, kv_heads, block, dim, dtype=torch.bfloat16, device="cuda")
-    values = torch.randn_like(cache)
-    table = torch.randperm(batch * blocks, device="cuda").to(torch.int32).view(batch, blocks)
-    q = torch.randn(batch, heads, dim, dtype=torch.bfloat16, device="cuda")
-    lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-    cu = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-    plan = kernels.plan_attention(cu.tolist(), lens.tolist(), num_kv_heads=kv_heads, device="cuda")
-
-    def run() -> None:
-        kernels.paged_attention(q, cache, values, table, lens, cu, scale=dim**-0.5, plan=plan)
-
-    ms = _ms(run)
+    bench = decode_bench(cuda_setup(), batch, context)
+    ms = _ms(bench.run)
     return {
         "kernel": "decode_attention",
         "batch": batch,
         "context": context,
         "ms": ms,
-        "gb_per_s": 2 * cache.numel() * 2 / 1e6 / ms,
+        "gb_per_s": bench.num_bytes / 1e6 / ms,
     }
 
 
 def prefill_attention(length: int) -> dict[str, Any]:
     """One whole prompt against torch's scaled_dot_product_attention."""
-    import torch
-    import torch.nn.functional as F
+    from loadtest.micro.attention import prefill_bench
+    from loadtest.micro.setup import cuda_setup
 
-    import kernels
-
-    heads, kv_heads, dim, block = 32, 8, 128, 16
-    blocks = length // block
-    q = torch.randn(length, heads, dim, dtype=torch.bfloat16, device="cuda")
-    k, v = (torch.randn(blocks, kv_heads, block, dim, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    table = torch.arange(blocks, dtype=torch.int32, device="cuda").view(1, -1)
-    lens = torch.tensor([length], dtype=torch.int32, device="cuda")
-    cu = torch.tensor([0, length], dtype=torch.int32, device="cuda")
-    plan = kernels.plan_attention([0, length], [length], num_kv_heads=kv_heads, device="cuda")
-    dense_k, dense_v = (x.transpose(0, 1).reshape(1, kv_heads, length, dim) for x in (k, v))
-    dense_q = q.transpose(0, 1).unsqueeze(0)
-    own = _ms(lambda: kernels.paged_attention(q, k, v, table, lens, cu, scale=dim**-0.5, plan=plan))
-    peer = _ms(lambda: F.scaled_dot_product_attention(dense_q, dense_k, dense_v, is_causal=True, enable_gqa=True))
-    flops = 2 * 2 * heads * dim * length * length / 2
+    bench = prefill_bench(cuda_setup(), length)
+    own, peer = _ms(bench.run), _ms(bench.library["sdpa"])
     return {
         "kernel": "prefill_attention",
         "length": length,
         "ms": own,
-        "tflops": flops / 1e9 / own,
+        "tflops": bench.num_flops / 1e9 / own,
         "sdpa_ms": peer,
         "ratio_to_sdpa": peer / own,
     }
 
 
 def small_kernels() -> list[dict[str, Any]]:
-    """Memory-bound operations on 8,192 tokens of the 8B shape: bytes per second."""
-    import torch
+    """Memory-bound operations of the 8B shape: bytes per second."""
+    from loadtest.micro import rows, sampling
+    from loadtest.micro.setup import cuda_setup
 
-    import kernels
-
-    tokens, hidden, intermediate, vocab = 8192, 4096, 14336, 128256
-    x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device="cuda")
-    residual, weight = torch.randn_like(x), torch.ones(hidden, dtype=torch.bfloat16, device="cuda")
-    gate_up = torch.randn(tokens, 2 * intermediate, dtype=torch.bfloat16, device="cuda")
-    logits = torch.randn(256, vocab, device="cuda")
-    cases: list[tuple[str, int, Callable[[], Any]]] = [
-        ("rms_norm", 2 * x.numel() * 2, lambda: kernels.rms_norm(x, weight, 1e-5)),
-        ("add_rms_norm", 4 * x.numel() * 2, lambda: kernels.add_rms_norm(x, residual, weight, 1e-5)),
-        ("act_and_mul", 3 * tokens * intermediate * 2, lambda: kernels.act_and_mul(gate_up, "silu")),
-        ("greedy", logits.numel() * 4, lambda: kernels.greedy(logits)),
-    ]
-    rows = []
-    for name, num_bytes, run in cases:
-        ms = _ms(run)
-        rows.append({"kernel": name, "ms": ms, "gb_per_s": num_bytes / 1e6 / ms})
-    return rows
+    setup = cuda_setup()
+    found = []
+    for make in (rows.rms_norm, rows.act_and_mul, sampling.greedy):
+        for bench in make(setup):
+            ms = _ms(bench.run)
+            found.append({"kernel": bench.kernel, "ms": ms, "gb_per_s": bench.num_bytes / 1e6 / ms})
+    return found
 
 
 def measure_engine() -> list[dict[str, Any]]:
@@ -240,11 +204,11 @@ def _decode_speed(core: Any, batch: int, prompt_tokens: int = 128, output_tokens
     }
 
 
-def _ms(run: Callable[[], Any]) -> float:
-    """Median milliseconds of one call."""
+def _ms(run: Callable[[], Any] | Sequence[Callable[[], Any]]) -> float:
+    """Median milliseconds of one call; of several that could take turns, the first."""
     from triton.testing import do_bench
 
-    return float(do_bench(run, return_mode="median"))
+    return float(do_bench(run if callable(run) else run[0], return_mode="median"))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def one_thread() -> Iterator[None]:
 
     num_threads, of_kernels = torch.get_num_threads(), native.num_threads
     torch.set_num_threads(1)
-    native.num_threads = lambda: 1  # type: ignore[assignment]
+    native.num_threads = lambda: 1
     try:
         yield
     finally:

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loadtest.client import Target, run_workload
+from loadtest.client import Target
+from loadtest.load import run_workload
 from loadtest.own_server import own_server
 from loadtest.workloads import Workload
 

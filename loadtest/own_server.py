@@ -18,11 +18,15 @@ READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 40.0
 
 
+class ServerStartError(RuntimeError):
+    """A server ended or was not ready in time."""
+
+
 @contextlib.contextmanager
 def own_server(
     arguments: Sequence[str] = (), *, log: Path | None = None, env: dict[str, str] | None = None
 ) -> Iterator[str]:
-    """Yields the URL of a ready server started with these `kvasir serve` flags. Raises RuntimeError if it dies."""
+    """Yields the URL of a ready server started with these `kvasir serve` flags. Raises ServerStartError if it dies."""
     port = free_port()
     command = [sys.executable, "-m", "server", "--port", str(port), *arguments]
     with contextlib.ExitStack() as stack:
@@ -35,16 +39,16 @@ def own_server(
 
 
 def wait_ready(url: str, process: subprocess.Popen[bytes], timeout_s: float = READY_TIMEOUT_S) -> None:
-    """Polls /readyz. Raises RuntimeError when the process ends or the time is over."""
+    """Polls /readyz. Raises ServerStartError when the process ends or the time is over."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"the server ended with exit code {process.returncode} before it was ready")
+            raise ServerStartError(f"the server ended with exit code {process.returncode} before it was ready")
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{url}/readyz", timeout=2.0).status_code == httpx.codes.OK:
                 return
         time.sleep(0.05)
-    raise RuntimeError(f"the server was not ready within {timeout_s:.0f} s")
+    raise ServerStartError(f"the server was not ready within {timeout_s:.0f} s")
 
 
 def stop(process: subprocess.Popen[bytes]) -> int:

@@ -4,6 +4,7 @@
 
 small   Qwen2.5-0.5B-shaped with a 32k vocabulary: 387 M parameters, bf16
 tiny    Llama-shaped, 5.8 M parameters: measures overhead
+nano    Llama-shaped, one layer, 0.3 M parameters: a step that is over at once, to measure what lies around it
 """
 
 from __future__ import annotations
@@ -34,6 +35,15 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
+NANO: dict[str, Any] = {
+    **TINY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 def make(shape: str, folder: Path, *, seed: int = 0) -> Path:
@@ -47,11 +57,12 @@ def make(shape: str, folder: Path, *, seed: int = 0) -> Path:
     if shape == "small":
         model: Any = Qwen2ForCausalLM(Qwen2Config(**SMALL, rms_norm_eps=1e-6, dtype="bfloat16"))
         vocab_size = SMALL["vocab_size"]
-    elif shape == "tiny":
-        model = LlamaForCausalLM(LlamaConfig(**TINY, dtype="bfloat16"))
-        vocab_size = TINY["vocab_size"]
+    elif shape in ("tiny", "nano"):
+        config = TINY if shape == "tiny" else NANO
+        model = LlamaForCausalLM(LlamaConfig(**config, dtype="bfloat16"))
+        vocab_size = config["vocab_size"]
     else:
-        raise ValueError(f"unknown shape {shape!r}; known: small, tiny")
+        raise ValueError(f"unknown shape {shape!r}; known: small, tiny, nano")
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     _make_tokenizer(vocab_size).save_pretrained(folder)
@@ -84,12 +95,12 @@ def _make_tokenizer(vocab_size: int) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     build: Any = PreTrainedTokenizerFast
-    return build(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return build(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write a random-weight checkpoint of a known shape.")
-    parser.add_argument("shape", choices=("small", "tiny"))
+    parser.add_argument("shape", choices=("small", "tiny", "nano"))
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args(argv)
     print(make(arguments.shape, arguments.folder))

@@ -46,9 +46,11 @@ class StubCore(EngineCore):
         return EngineStats(num_running=len(self._running))
 
     def step(self) -> list[TokenOutput]:
-        self._wait()
+        is_due = self._wait()
         outputs = []
         for request_id, (request, count) in list(self._running.items()):
+            if count and not is_due:
+                continue
             is_last = count + 1 >= request.sampling.max_tokens
             outputs.append(
                 TokenOutput(
@@ -65,13 +67,20 @@ class StubCore(EngineCore):
                 self._running[request_id] = (request, count + 1)
         return outputs
 
-    def _wait(self) -> None:
-        """Steps at a steady pace. A first token never waits: what it costs is the front end's own time."""
+    def _wait(self) -> bool:
+        """Whether all running requests get a token: at the multiples of the pace on the monotonic clock.
+
+        A first token never waits and does not move the others: what it costs is the front end's own time.
+        """
+        if not self._step_s:
+            return True
         now = time.monotonic()
-        is_starting = any(count == 0 for _, count in self._running.values())
-        if self._step_s and now < self._next_at and not is_starting:
+        if now < self._next_at:
+            if any(count == 0 for _, count in self._running.values()):
+                return False
             time.sleep(self._next_at - now)
-        self._next_at = max(self._next_at + self._step_s, now)
+        self._next_at = (time.monotonic() // self._step_s + 1) * self._step_s
+        return True
 
 
 def build(config: Config, progress: Progress) -> tuple[EngineCore, ModelInfo]:

@@ -1,13 +1,15 @@
-"""What is sent: prompts of a chosen length, with or without a shared prefix, as token ids or text.
+"""What is sent: conversations, whose next turn may depend on the server's answer, and prompts of a chosen length.
 
-Prompts are drawn from a seed, so that two servers, or two runs, see the same requests.
+Everything is drawn from a seed, so that two servers, or two runs, see the same requests.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+
+from loadtest.client import Answer, Request
 
 TEXT = (
     "the river carries small stones down to the sea and the wind moves over the hills while people walk home from "
@@ -17,8 +19,26 @@ WORDS = TEXT.split()
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """`turns` yields requests and is sent the answer to each; it has at least `num_turns`."""
+
+    turns: Generator[Request, Answer, None]
+    num_turns: int = 1
+    think_s: float = 0.0  # from an answer to the next turn
+
+
+def single(request: Request) -> Conversation:
+    """A conversation of one turn."""
+
+    def turns() -> Generator[Request, Answer, None]:
+        yield request
+
+    return Conversation(turns())
+
+
+@dataclass(frozen=True)
 class Workload:
-    """One kind of request."""
+    """Prompts of random tokens or words, all of the same length, with or without a shared prefix."""
 
     num_requests: int = 32
     prompt_tokens: int = 128  # own tokens of each prompt
@@ -38,21 +58,12 @@ class Workload:
             else:
                 yield " ".join(str(word) for word in prefix + own)
 
+    def conversations(self) -> Iterator[Conversation]:
+        return (single(Request(prompt=prompt, max_tokens=self.output_tokens)) for prompt in self.prompts())
+
     def _draw(self, generator: random.Random, count: int) -> list[int | str]:
         if self.vocab_size:
             # the lowest ids are often special tokens
             low = min(300, self.vocab_size // 2)
             return [generator.randrange(low, self.vocab_size) for _ in range(count)]
         return [generator.choice(WORDS) for _ in range(count)]
-
-
-def arrival_times(num_requests: int, rate: float | None, seed: int) -> list[float]:
-    """Seconds after the start at which each request is sent: Poisson at `rate` per second, or all at once."""
-    if rate is None:
-        return [0.0] * num_requests
-    generator = random.Random(seed)
-    times, now = [], 0.0
-    for _ in range(num_requests):
-        now += generator.expovariate(rate)
-        times.append(now)
-    return times

@@ -1,4 +1,4 @@
-"""Writes a Llama- or Qwen2-shaped checkpoint as an f32 GGUF file for llama.cpp.
+"""Writes a Llama- or Qwen2-shaped checkpoint as a GGUF file for llama.cpp: f32, bf16 or q8_0.
 
 Facts about the format (GGUF v3): q and k of Llama-type models are permuted, because llama.cpp
 rotates interleaved pairs there, while Qwen2-type models are stored as they are (it rotates halves).
@@ -26,6 +26,7 @@ NAMES = {
     "mlp.up_proj.weight": "ffn_up.weight",
     "mlp.down_proj.weight": "ffn_down.weight",
 }
+ARCHITECTURES = ("llama", "qwen2")
 TOP_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -33,17 +34,31 @@ TOP_NAMES = {
 }
 
 
-def convert(folder: Path, out: Path) -> Path:
-    """Writes `out` once. Needs the `gguf` package."""
+# by name: the format's "general.file_type" and the name of the type of its matrices
+WEIGHTS = {"f32": (0, "F32"), "bf16": (32, "BF16"), "q8_0": (7, "Q8_0")}
+
+
+def convert(folder: Path, out: Path, weights: str = "f32") -> Path:
+    """Writes `out` once; an existing file is kept. Matrices get the type `weights`, all else stays f32.
+
+    Needs the `gguf` package. Raises ValueError for another kind of model or type, ModuleNotFoundError without gguf.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"unknown GGUF type {weights!r}; known: {', '.join(WEIGHTS)}")
     if out.is_file():
         return out
-    import gguf
+    gguf = _gguf()
     from safetensors.torch import load_file
 
     config = json.loads((folder / "config.json").read_text())
-    arch = {"llama": "llama", "qwen2": "qwen2"}[config["model_type"]]
-    writer = gguf.GGUFWriter(str(out), arch)
-    _write_metadata(writer, config)
+    arch = config["model_type"]
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"cannot write a GGUF of model_type {arch!r}; known: {', '.join(ARCHITECTURES)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_suffix(".partial")
+    file_type, type_name = WEIGHTS[weights]
+    writer = gguf.GGUFWriter(str(partial), arch)
+    _write_metadata(writer, config, file_type)
     _write_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text()), config)
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
@@ -52,12 +67,23 @@ def convert(folder: Path, out: Path) -> Path:
             if arch == "llama" and target.endswith(("attn_q.weight", "attn_k.weight")):
                 heads = config["num_attention_heads" if "attn_q" in target else "num_key_value_heads"]
                 array = _permute(array, heads)
-            writer.add_tensor(target, np.ascontiguousarray(array))
+            array = np.ascontiguousarray(array)
+            kind = gguf.GGMLQuantizationType[type_name if array.ndim == 2 else "F32"]
+            writer.add_tensor(target, gguf.quants.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    partial.rename(out)  # what an interrupted run leaves is never taken for the whole
     return out
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; llama.cpp's weights are written with it: pip install gguf") from error
+    return gguf
 
 
 def _target_name(name: str) -> str:
@@ -73,7 +99,7 @@ def _permute(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def _write_metadata(writer: Any, config: dict[str, Any]) -> None:
+def _write_metadata(writer: Any, config: dict[str, Any], file_type: int) -> None:
     heads = config["num_attention_heads"]
     rope = config.get("rope_parameters") or {}
     writer.add_context_length(config["max_position_embeddings"])
@@ -86,7 +112,7 @@ def _write_metadata(writer: Any, config: dict[str, Any]) -> None:
     writer.add_rope_freq_base(float(rope.get("rope_theta", config.get("rope_theta", 10000.0))))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(0)  # all f32
+    writer.add_file_type(file_type)
 
 
 def _write_tokenizer(writer: Any, tokenizer: dict[str, Any], config: dict[str, Any]) -> None:

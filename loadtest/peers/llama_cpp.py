@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+from loadtest.peers.gguf import convert
+from loadtest.peers.server import PeerServer, Settings, executable, loopback, running
 
-from loadtest.client import Target
-from loadtest.own_server import free_port, stop
-
-READY_TIMEOUT_S = 120.0
+REMEDY = (
+    "give llama-server or the folder that holds it. To build it: `pip download --no-deps --no-binary :all: "
+    "llama-cpp-python`, unpack, then in vendor/llama.cpp `cmake -B build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF "
+    "-DLLAMA_BUILD_TESTS=OFF && cmake --build build --target llama-server`"
+)
 
 
 @contextlib.contextmanager
-def llama_server(binary: Path, gguf: Path, *, threads: int, slots: int, context: int, log: Path) -> Iterator[Target]:
-    """`slots` requests at a time share `context` tokens. Raises RuntimeError when it does not come up."""
-    port = free_port()
-    command = [str(binary), "-m", str(gguf), "-a", "peer", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["-t", str(threads), "-tb", str(threads), "-np", str(slots), "-c", str(context), "--no-webui"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-        try:
-            _wait(port, process)
-            yield Target(url=f"http://127.0.0.1:{port}", model="peer")
-        finally:
-            stop(process)
+def start(path: Path, folder: Path, settings: Settings, *, weights: str = "f32") -> Iterator[PeerServer]:
+    """`path`: the binary or its folder. `weights`: "f32", "bf16" or "q8_0", converted into `settings.scratch` once.
 
-
-def _wait(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"llama-server ended with exit code {process.returncode}")
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2.0).status_code == httpx.codes.OK:
-                return
-        time.sleep(0.1)
-    raise RuntimeError(f"llama-server was not ready within {READY_TIMEOUT_S:.0f} s")
+    It gives every slot `settings.context` tokens; a prompt is compared with what its slot held before.
+    """
+    binary = executable(path, ("llama-server", "bin/llama-server", "build/bin/llama-server"), REMEDY)
+    gguf = convert(folder, settings.scratch / f"{folder.name}-{weights}.gguf", weights)
+    port, flags = loopback()
+    threads = str(settings.threads)
+    command = [str(binary), "-m", str(gguf), "-a", "peer", *flags, "-t", threads, "-tb", threads]
+    command += ["-np", str(settings.slots), "-c", str(settings.slots * settings.context), "--no-webui"]
+    if not settings.prefix_cache:
+        command.append("--no-cache-prompt")
+    with running(f"llama_cpp_{weights}", [*command, *settings.flags], settings, port=port, model="peer") as server:
+        yield server

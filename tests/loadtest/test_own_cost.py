@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loadtest import latency, step_cost
+from loadtest import latency, speculation_budget, step_cost
 
 
 def test_step_cost_tells_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,6 +22,14 @@ def test_step_cost_tells_every_stage(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert inner <= 2 * stages["step"]  # medians of parts need not add up, but no part counts twice
         assert stages.keys() >= {"schedule", "build tensors", "forward", "logits", "sampler", "commit", "encode"}
     assert "share outside the model" in capsys.readouterr().out
+
+
+def test_the_budget_is_measured_in_all_ways_and_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert speculation_budget.main(["--rows", "2", "--kinds", "copy", "--tokens", "6", "--rounds", "2"]) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert [way in head for way in ("fixed / off", "auto / off", "auto / fixed")] == [True] * 3
+    assert line.startswith("ngram")
+    assert line.count("-") == 3
 
 
 def test_latency_sends_each_prompt_cold_and_warm(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loadtest.client import Record, Run, _read_line
-from loadtest.report import Goals, summarize, table
+from loadtest.client import Record, Run
+from loadtest.report import Goals, percentiles, quantiles, summarize, table
 
 
 def record(first: float, finished: float, tokens: int, **changes: object) -> Record:
@@ -53,17 +53,56 @@ def test_a_run_without_any_success_still_reports() -> None:
     assert summary.output_tokens_per_s == 0.0
 
 
-def test_stream_events_fill_a_record() -> None:
-    got = Record(sent=0.0)
-    for line in (
-        ": keep-alive",
-        'data: {"choices": [{"index": 0, "text": "a"}], "usage": null}',
-        'data: {"choices": [{"index": 0, "text": ""}], "usage": null}',
-        'data: {"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 2, "total_tokens": 6, '
-        '"prompt_tokens_details": {"cached_tokens": 3}}}',
-        "data: [DONE]",
-    ):
-        _read_line(line, got)
-    assert (len(got.arrivals), got.prompt_tokens, got.cached_tokens, got.output_tokens) == (1, 4, 3, 2)
-    _read_line('data: {"error": {"message": "gone"}}', got)
-    assert got.error == "gone"
+def test_failed_requests_are_counted_by_kind_and_doubts_are_shown() -> None:
+    run = Run(
+        records=[
+            record(0.1, 1.1, 11, suspicion="3 pieces of 2 tokens"),
+            Record(sent=0.0, error="a", error_kind="timeout"),
+            Record(sent=0.0, error="b", error_kind="http 503"),
+            Record(sent=0.0, error="c", error_kind="timeout"),
+        ],
+        duration_s=1.0,
+        unsent=4,
+    )
+    summary = summarize(run)
+    assert summary.errors == {"timeout": 2, "http 503": 1}
+    assert (summary.unsent, summary.suspicious) == (4, 1)
+    text = table(summary)
+    assert all(word in text for word in ("timeout 2", "http 503 1", "4 later turns", "3 pieces of 2 tokens"))
+
+
+def test_latencies_count_from_when_a_request_was_due() -> None:
+    late = record(0.5, 1.0, 6, due=-2.0)
+    summary = summarize(Run(records=[late], duration_s=1.0), Goals(ttft_s=1.0))
+    assert summary.ttft_ms["p50"] == pytest.approx(2500)
+    assert summary.latency_ms["p50"] == pytest.approx(3000)
+    assert summary.late_ms["max"] == pytest.approx(2000)
+    assert summary.goodput_requests_per_s == 0.0
+
+
+def test_percentiles_are_values_that_occurred() -> None:
+    values = [i / 1000 for i in range(1, 101)]
+    found = percentiles(values)
+    assert {key: round(value, 6) for key, value in found.items()} == {
+        "mean": 50.5,
+        "p50": 51.0,  # of an even number, the upper of the two in the middle
+        "p90": 90.0,
+        "p99": 99.0,
+        "max": 100.0,
+    }
+    assert percentiles([0.007]) == dict.fromkeys(("mean", "p50", "p90", "p99", "max"), 7.0)
+
+
+def test_quantiles_rise_from_the_least_to_the_most() -> None:
+    run = Run(records=[record(i / 10, 1.0, 5) for i in range(1, 9)], duration_s=1.0)
+    found = quantiles(run)["ttft_ms"]
+    assert (len(found), found[0], found[-1]) == (101, 100.0, 800.0)
+    assert found == sorted(found)
+    assert quantiles(Run(records=[], duration_s=1.0))["latency_ms"] == []
+
+
+def test_runs_add_up() -> None:
+    first = Run(records=[record(0.1, 1.1, 11)], duration_s=2.0, unsent=1)
+    both = first + Run(records=[record(0.1, 1.1, 9)], duration_s=3.0)
+    assert (len(both.records), both.duration_s, both.unsent) == (2, 5.0, 1)
+    assert summarize(both).output_tokens_per_s == pytest.approx(4.0)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-
-import pytest
-
-from loadtest.workloads import Workload, arrival_times
+from loadtest.workloads import Workload
 
 
 def test_prompts_have_the_asked_length_and_share_the_asked_prefix() -> None:
@@ -27,12 +23,3 @@ def test_without_a_vocabulary_prompts_are_words() -> None:
     prompt = next(Workload(prompt_tokens=6, shared_prefix_tokens=2, vocab_size=0).prompts())
     assert isinstance(prompt, str)
     assert len(prompt.split()) == 8
-
-
-def test_poisson_arrivals_have_the_asked_rate_and_closed_loops_none() -> None:
-    assert arrival_times(3, None, seed=0) == [0.0, 0.0, 0.0]
-    times = arrival_times(4000, 5.0, seed=0)
-    gaps = [later - earlier for earlier, later in zip([0.0, *times], times, strict=False)]
-    assert min(gaps) >= 0
-    assert statistics.mean(gaps) == pytest.approx(0.2, rel=0.1)
-    assert statistics.pstdev(gaps) == pytest.approx(0.2, rel=0.15)  # exponential: as wide as long
