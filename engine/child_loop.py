@@ -28,7 +28,7 @@ def answer_frames(question_type: Any, answer: Callable[[Question], msgspec.Struc
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     questions: ipc.Decoder[Question] = ipc.Decoder(question_type)
-    while data := os.read(sys.stdin.fileno(), READ_BYTES):
+    while data := _read():
         for question in questions.feed(data):
             frame = ipc.encode(answer(question))
             try:
@@ -36,6 +36,14 @@ def answer_frames(question_type: Any, answer: Callable[[Question], msgspec.Struc
             except BrokenPipeError:  # the front end is gone, and nobody waits for this
                 return 0
     return 0
+
+
+def _read() -> bytes:
+    """What has come; nothing when the front end is gone, also where it was killed and its end of a socket reset."""
+    try:
+        return os.read(sys.stdin.fileno(), READ_BYTES)
+    except ConnectionResetError:
+        return b""
 
 
 def _write(frame: bytes) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import subprocess
 import sys
 
 import msgspec
@@ -53,6 +55,17 @@ async def test_nonsense_is_an_error_of_the_protocol() -> None:
     with pytest.raises(ipc.ProtocolError):
         await worker.ask(ipc.encode(Say("nonsense")))
     await worker.kill()
+
+
+def test_a_child_whose_parent_was_killed_leaves_without_a_word() -> None:
+    ours, its = socket.socketpair()
+    child = subprocess.Popen([sys.executable, "-m", MODULE], stdin=its, stdout=its, stderr=subprocess.PIPE)
+    its.close()
+    ours.sendall(ipc.encode(Say("first")))
+    ours.recv(1)
+    ours.close()  # with the rest of the answer unread: the child's next read fails
+    _, error = child.communicate(timeout=30)
+    assert (child.returncode, error) == (0, b"")
 
 
 async def test_a_killed_child_is_gone_and_leaves_nobody_waiting() -> None:
