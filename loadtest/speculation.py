@@ -130,7 +130,9 @@ def _settings(stack: ExitStack, arguments: argparse.Namespace) -> list[Setting]:
     wanted = {"auto": arguments.drafters, "fixed": fixed}
     urls = {"auto": arguments.url}
     if arguments.url is None:
-        flags = ["--model", arguments.model, *arguments.serve_args.split()]
+        # a whole batch comes in one moment, each request with a schema of its own
+        flags = ["--model", arguments.model, "--max-queued-constraints", str(max(arguments.batches))]
+        flags += arguments.serve_args.split()
         urls = {
             budget: stack.enter_context(own_server([*flags, *BUDGETS[budget]])) for budget in BUDGETS if wanted[budget]
         }
