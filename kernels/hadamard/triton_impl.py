@@ -10,6 +10,15 @@ TILE_ELEMENTS = 2048
 
 
 @triton.jit
+def _mix(y, ROWS: tl.constexpr, SIZE: tl.constexpr, DISTANCE: tl.constexpr):
+    """Sums and differences of the entries that lie `DISTANCE` apart."""
+    pairs = tl.permute(tl.reshape(y, [ROWS, SIZE // (2 * DISTANCE), 2, DISTANCE]), [0, 1, 3, 2])
+    first, second = tl.split(pairs)
+    pairs = tl.join(first + second, first - second)
+    return tl.reshape(tl.permute(pairs, [0, 1, 3, 2]), [ROWS, SIZE])
+
+
+@triton.jit
 def _hadamard_kernel(
     x_ptr,
     out_ptr,
@@ -24,11 +33,7 @@ def _hadamard_kernel(
     mask = (row < num_rows)[:, None]
     y = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     for log_distance in tl.static_range(LOG_SIZE):
-        DISTANCE: tl.constexpr = 1 << log_distance
-        pairs = tl.permute(tl.reshape(y, [ROWS, SIZE // (2 * DISTANCE), 2, DISTANCE]), [0, 1, 3, 2])
-        first, second = tl.split(pairs)
-        pairs = tl.join(first + second, first - second)
-        y = tl.reshape(tl.permute(pairs, [0, 1, 3, 2]), [ROWS, SIZE])
+        y = _mix(y, ROWS, SIZE, 1 << log_distance)
     tl.store(out_ptr + offset, (y * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 

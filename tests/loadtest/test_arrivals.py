@@ -17,9 +17,7 @@ def gaps(name: str, count: int = 8000) -> list[float]:
     return [later - earlier for earlier, later in pairwise(times)]
 
 
-@pytest.mark.parametrize(
-    ("name", "variation"), [("constant", 0.0), ("poisson", 1.0), ("gamma", BURSTINESS**-0.5)]
-)
+@pytest.mark.parametrize(("name", "variation"), [("constant", 0.0), ("poisson", 1.0), ("gamma", BURSTINESS**-0.5)])
 def test_gaps_have_the_mean_of_the_rate_and_their_variation(name: str, variation: float) -> None:
     found = gaps(name)
     mean = statistics.mean(found)
