@@ -32,6 +32,10 @@ _FEWER = 0.75  # share of the rows from which on a refusal does not hold any mor
 _LONGEST_REST = 32  # steps in which nothing is asked again after it was not worth it
 _LONGEST_HOLD = 16  # steps for which a selection holds that was found again and again
 _SIMILAR = 0.75  # share of the nodes of one selection that the next must have to count as found again
+_BALANCE_RATE = 0.2  # of a step with drafts in the average of what such steps gained
+_LEAST_BALANCED = 4  # steps with drafts before that average is believed
+_FIRST_LOSS_REST = 16  # steps in which nothing is asked after drafts have lost time; doubled while they go on with it
+_LONGEST_LOSS_REST = 512
 _PATIENCE = 4  # guesses in a row of which nothing was selected, after which it counts as not worth it
 
 
@@ -47,6 +51,44 @@ class _Decision:
     num_left: int
     num_nodes: int  # of all requests
     num_failed: int = 0  # drafts of which less than half was accepted
+
+
+@dataclass(slots=True)
+class _Balance:
+    """What steps with drafts have really gained: in plain steps, on average over the last ones.
+
+    Expectations may err, and what was expected wrongly would be tried again for every new request.
+    """
+
+    mean: float = 0.0
+    num_steps: int = 0
+    rest: int = _FIRST_LOSS_REST
+    # of the step at hand, where something was selected
+    num_rows: int = 0
+    plain_s: float = 0.0
+    extra_s: float = 0.0  # beyond the plain step: guesses, those since the last such step included, and checking
+    num_accepted: int = 0
+    guess_s: float = 0.0
+
+    def begin(self, num_rows: int, plain_s: float) -> None:
+        self.num_rows, self.plain_s, self.num_accepted = num_rows, plain_s, 0
+        self.extra_s, self.guess_s = self.guess_s, 0.0
+
+    def settle(self) -> bool:
+        """The step is over. Returns whether such steps have lost time, after which the average begins anew."""
+        if self.num_rows == 0 or self.plain_s <= 0.0:
+            return False
+        gained = self.num_accepted / self.num_rows - self.extra_s / self.plain_s
+        self.num_rows = 0
+        self.num_steps += 1
+        self.mean += max(_BALANCE_RATE, 1 / self.num_steps) * (gained - self.mean)
+        if self.num_steps < _LEAST_BALANCED:
+            return False
+        if self.mean >= 0.0:
+            self.rest = _FIRST_LOSS_REST
+            return False
+        self.mean, self.num_steps = 0.0, 0
+        return True
 
 
 class LoadAwareBudget:
@@ -93,6 +135,7 @@ class LoadAwareBudget:
         self._situation = (0, 0, False)  # likewise
         self._is_look = True  # whether the nodes of the step at hand are looked at
         self._num_empty = 0  # looks in a row that selected nothing
+        self._balance = _Balance()
         self._num_trials = 0
         self._next_trial = _FIRST_TRIAL
         self._trial_left = 0  # steps
@@ -102,6 +145,10 @@ class LoadAwareBudget:
 
         What was not worth it a moment ago, with as many rows, is not asked again in every step.
         """
+        if self._balance.settle():
+            self._decision = None
+            self._rest, self._rested_rows = self._balance.rest, num_rows
+            self._balance.rest = min(2 * self._balance.rest, _LONGEST_LOSS_REST)
         self._num_refused += 1
         if self._num_refused >= self._next_trial:
             self._num_refused = self._rest = 0
@@ -205,7 +252,11 @@ class LoadAwareBudget:
 
     def select(self, views: Sequence[RequestView], trees: Sequence[DraftTree], num_rows: int) -> list[DraftTree]:
         """What of the guesses is worth its cost, with calibrated values. Sampled drafts stay whole."""
-        if self._is_trial or not self._is_look:
+        if self._is_trial:
+            return list(trees)
+        if not self._is_look:
+            if any(tree.tokens for tree in trees):
+                self._balance.begin(num_rows, self.costs.plain_cost(num_rows, _context(views)))
             return list(trees)
         values = [
             self.calibration.values(view.key, tree) if tree.kind == "delta" else ()
@@ -246,6 +297,7 @@ class LoadAwareBudget:
             if self._num_empty >= _PATIENCE:
                 self._refuse(views, num_rows)
             return
+        self._balance.begin(num_rows, self.costs.plain_cost(num_rows, _context(views)))
         self._num_empty, self._next_rest = 0, 1
         before, wanted = self._decision, self._wanted
         num_steps = 1
@@ -259,6 +311,7 @@ class LoadAwareBudget:
 
     def observe(self, view: RequestView, tree: DraftTree, accepted: Sequence[int]) -> None:
         """What became of a tree: the path of its nodes that were accepted."""
+        self._balance.num_accepted += len(accepted)
         depth = max(tree.depths)
         # of a draft that was accepted to its end nobody knows how much longer it might have been
         found = len(accepted) if len(accepted) < depth else min(2 * depth, _LONGEST)
@@ -277,6 +330,7 @@ class LoadAwareBudget:
 
     def time_guess(self, drafter: str, num_requests: int, seconds: float) -> None:
         """A drafter has guessed for so many requests in this time."""
+        self._balance.guess_s += seconds
         self._guess_costs.setdefault(drafter, CostTable()).observe(num_requests, 0, seconds, is_plain=False)
 
     def forget(self, key: str) -> None:
@@ -286,6 +340,8 @@ class LoadAwareBudget:
 
     def time_step(self, num_rows: int, num_context_tokens: int, seconds: float, *, is_plain: bool) -> None:
         """A step took so long; is_plain: nothing was guessed and all rows decode."""
+        if not is_plain:
+            self._balance.extra_s += seconds - self._balance.plain_s
         self.costs.observe(num_rows, num_context_tokens, seconds, is_plain=is_plain)
 
     def _load(self, num_rows: int) -> Load:

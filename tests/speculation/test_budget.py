@@ -14,7 +14,7 @@ from engine.speculation.base import RequestView
 from engine.speculation.budget import Load, Selection, prune, select, worth_guessing
 from engine.speculation.calibration import Calibration
 from engine.speculation.cost import CostTable
-from engine.speculation.load_budget import LoadAwareBudget
+from engine.speculation.load_budget import _FIRST_LOSS_REST, _LEAST_BALANCED, LoadAwareBudget, _Balance
 from engine.speculation.tree import DraftTree
 
 Tree = tuple[list[int], list[float]]
@@ -408,3 +408,33 @@ def test_a_trial_asks_some_of_the_requests() -> None:
             tried.append(caps)
     assert all(sorted(caps) == [0] * 6 + [4] * 2 for caps in tried)
     assert all(any(caps[place] for caps in tried) for place in range(8)), "everybody's turn comes"
+
+
+def test_steps_with_drafts_that_lose_time_are_followed_by_ever_longer_rests() -> None:
+    balance = _Balance()
+    rests = []
+    for _ in range(3 * _LEAST_BALANCED):
+        balance.begin(num_rows=8, plain_s=0.001)
+        balance.extra_s += 0.001  # as long again as a plain step
+        balance.num_accepted += 2  # a quarter of a plain step's tokens
+        if balance.settle():
+            rests.append(balance.rest)
+            balance.rest *= 2
+    assert rests == [_FIRST_LOSS_REST, 2 * _FIRST_LOSS_REST, 4 * _FIRST_LOSS_REST]
+
+
+def test_steps_with_drafts_that_gain_make_rests_short_again() -> None:
+    balance = _Balance(rest=512)
+    for _ in range(_LEAST_BALANCED):
+        balance.begin(num_rows=1, plain_s=0.001)
+        balance.extra_s += 0.001
+        balance.num_accepted += 4
+        assert not balance.settle()
+    assert balance.rest == _FIRST_LOSS_REST
+    assert not balance.settle(), "a step without drafts says nothing"
+
+
+def test_guesses_count_that_led_to_no_draft() -> None:
+    balance = _Balance(guess_s=0.5)
+    balance.begin(num_rows=1, plain_s=1.0)
+    assert (balance.extra_s, balance.guess_s) == (0.5, 0.0)
