@@ -84,6 +84,16 @@ def lost(pairs: Sequence[Pair], record: dict[str, float]) -> dict[str, tuple[flo
     return found
 
 
+def machine() -> str:
+    """For which processors a record holds: instruction set, family and model. Ratios of others may differ by more."""
+    from kernels import native
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    found = {key.strip(): value.strip() for key, value in named.items()}
+    return f"{native.isa_level()} {found.get('cpu family', '?')}/{found.get('model', '?')}"
+
+
 def pairs() -> list[Pair]:
     """What is guarded. Call within `one_thread`."""
     core = _core()
@@ -211,11 +221,9 @@ def _prefix_pair(core: EngineCore) -> Pair:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Fast paths against plain ones, compared with recorded ratios.")
-    parser.add_argument("--record", action="store_true", help="write the ratios measured now, for this instruction set")
+    parser.add_argument("--record", action="store_true", help="write the ratios measured now, for this processor")
     arguments = parser.parse_args(argv)
-    from kernels import native
-
-    level = native.isa_level()
+    level = machine()
     records = json.loads(RECORD.read_text())
     with one_thread():
         if arguments.record:
