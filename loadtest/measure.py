@@ -83,7 +83,7 @@ class Cell:
     endpoint: str
     level: Level
     rounds: list[Run] = field(default_factory=list)
-    timeline: Timeline = field(default_factory=Timeline)  # of the last round
+    timelines: list[Timeline] = field(default_factory=list)  # of each round
 
     def run(self) -> Run:
         return sum(self.rounds[1:], start=self.rounds[0])
@@ -122,8 +122,9 @@ def measure_level(endpoints: Sequence[Endpoint], level: Level, index: int, plan:
         for cell, endpoint in zip(cells, endpoints, strict=True):
             title = f"{endpoint.name}, {level.label}" + (f", round {number + 1}" if plan.rounds > 1 else "")
             with tqdm(total=level.num_requests, desc=title, unit="req", disable=None, leave=False) as bar:
-                run, cell.timeline = asyncio.run(_measure(endpoint, level, plan, seed, bar))
+                run, timeline = asyncio.run(_measure(endpoint, level, plan, seed, bar))
             cell.rounds.append(run)
+            cell.timelines.append(timeline)
     return cells
 
 
@@ -149,12 +150,17 @@ def arrivals_of(process: str, turns: float) -> Callable[[Level, int], Arrivals]:
 
 
 def ratios(cells: Iterable[Cell], goals: Goals) -> list[Ratio]:
-    """Every endpoint against the first one of its level; a figure that is 0 anywhere has no ratio."""
+    """Every endpoint against the first one measured at all, at the levels that both have; a figure that is 0 anywhere
+    has no ratio.
+    """
     levels: dict[str, list[Cell]] = {}
     for cell in cells:
         levels.setdefault(cell.level.label, []).append(cell)
+    base = next((group[0].endpoint for group in levels.values()), None)
     found = []
     for label, group in levels.items():
+        if group[0].endpoint != base:
+            continue  # a sweep goes on with the others when the first endpoint is saturated
         first = [summarize(run, goals) for run in group[0].rounds]
         for cell in group[1:]:
             pairs = list(zip(first, (summarize(run, goals) for run in cell.rounds), strict=True))

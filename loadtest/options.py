@@ -79,7 +79,7 @@ def _load_flags(group: argparse._ArgumentGroup) -> None:
         "--concurrency", type=positive, nargs="+", metavar="N", help="closed loop: requests in flight (1 4 16)"
     )
     load.add_argument("--rate", type=positive_float, nargs="+", metavar="R", help="open loop: requests per second")
-    load.add_argument("--sweep", choices=("concurrency", "rate"), help="double the load until the server is saturated")
+    load.add_argument("--sweep", choices=("concurrency", "rate"), help="double the load until each server is saturated")
     group.add_argument("--sweep-from", type=positive_float, default=1.0, help="first load of a sweep (%(default)s)")
     group.add_argument("--max-levels", type=positive, default=8, help="of a sweep (%(default)s)")
     group.add_argument("--arrivals", default="poisson", choices=list(ARRIVALS), help="of an open loop (%(default)s)")

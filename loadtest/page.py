@@ -54,7 +54,7 @@ def html(results: Results, title: str) -> str:
         body.append(_table(("endpoint", "load", *RATIOS), ratio_rows(results)))
     body.append("<h2>Latency</h2>" + _plots(_distributions(results.cells)))
     body.append("<h2>Throughput against load</h2>" + _plots(_rates(results.cells)))
-    body.append("<h2>While it ran</h2>" + "".join(_timeline(cell) for cell in results.cells))
+    body.append("<h2>While it ran</h2>" + "".join(_timelines(cell) for cell in results.cells))
     facts = {"environment": results.environment, "settings": results.settings}
     body.append(f"<h2>Where and how</h2><pre>{escape(json.dumps(facts, indent=1))}</pre>")
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
@@ -116,10 +116,19 @@ def _rates(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     return pictures
 
 
-def _timeline(cell: Mapping[str, Any]) -> str:
-    timeline = cell["timeline"]
-    head = f"<h3>{escape(cell['endpoint'])}, {escape(cell['level']['label'])}</h3>"
-    note = f"<p>{escape(timeline['note'])}</p>" if timeline["note"] else ""
+def _timelines(cell: Mapping[str, Any]) -> str:
+    """A row of pictures for each round."""
+    parts = []
+    for number, timeline in enumerate(cell["timelines"], start=1):
+        round_name = f", round {number}" if len(cell["timelines"]) > 1 else ""
+        parts.append(f"<h3>{escape(cell['endpoint'])}, {escape(cell['level']['label'])}{round_name}</h3>")
+        if timeline["note"]:
+            parts.append(f"<p>{escape(timeline['note'])}</p>")
+        parts.append(_plots(_timeline(timeline)))
+    return "".join(parts)
+
+
+def _timeline(timeline: Mapping[str, Any]) -> list[str]:
     pictures = []
     for title, names in TIMELINES:
         lines = [
@@ -136,7 +145,7 @@ def _timeline(cell: Mapping[str, Any]) -> str:
         ]
         if lines:
             pictures.append(draw(title, "s", "", lines))
-    return head + note + _plots(pictures)
+    return pictures
 
 
 def _label(cell: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:

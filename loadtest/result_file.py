@@ -1,9 +1,9 @@
 """The file of results: one JSON document whose form has a version. Written by a measurement, read to compare several.
 
-schema        "kvasir-bench/1"
+schema        "kvasir-bench/2"
 environment   versions, hardware, command, commit
 settings      the options of the measurement
-cells         per endpoint and level: figures, each round's figures, quantiles of three latencies, timeline
+cells         per endpoint and level: figures, each round's figures and timeline, quantiles of three latencies
 ratios        of every endpoint to the first, medians over rounds
 stopped       per endpoint of a sweep: why it ended
 warm_up       per endpoint: requests before the measurement, and how many of them failed
@@ -20,7 +20,7 @@ from typing import Any
 from loadtest.measure import RATIOS, Cell, figure_ratio, ratios
 from loadtest.report import Goals, Summary, quantiles, summarize
 
-SCHEMA = "kvasir-bench/1"
+SCHEMA = "kvasir-bench/2"
 
 
 class ResultsError(ValueError):
@@ -53,7 +53,7 @@ def cell_json(cell: Cell, goals: Goals) -> dict[str, Any]:
         "figures": summarize(run, goals).to_json(),
         "rounds": [summarize(one, goals).to_json() for one in cell.rounds],
         "quantiles": quantiles(run),
-        "timeline": cell.timeline.to_json(),
+        "timelines": [timeline.to_json() for timeline in cell.timelines],
     }
 
 

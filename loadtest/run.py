@@ -74,8 +74,7 @@ def _measured(arguments: argparse.Namespace) -> result_file.Results:
         for name, summary in warm_up(ready.endpoints, plan).items():
             found.warm_up[name] = {"requests": summary.requests, "failed": summary.failed}
         if arguments.sweep:
-            for endpoint in ready.endpoints:
-                _sweep(arguments, endpoint, plan, found)
+            _sweep(arguments, ready.endpoints, plan, found)
         else:
             for index, level in enumerate(levels):
                 found.add(measure_level(ready.endpoints, level, index, plan), plan.goals)
@@ -83,7 +82,9 @@ def _measured(arguments: argparse.Namespace) -> result_file.Results:
     return found
 
 
-def _sweep(arguments: argparse.Namespace, endpoint: Endpoint, plan: Plan, found: result_file.Results) -> None:
+def _sweep(
+    arguments: argparse.Namespace, endpoints: Sequence[Endpoint], plan: Plan, found: result_file.Results
+) -> None:
     def make(value: float) -> Level:
         if arguments.sweep == "rate":
             return Level(rate=value, num_requests=arguments.num_requests or _requests_at_rate(value))
@@ -93,9 +94,10 @@ def _sweep(arguments: argparse.Namespace, endpoint: Endpoint, plan: Plan, found:
         row = terminal.cell_row(result_file.cell_json(cell, plan.goals))
         print("  ".join(row), flush=True)
 
-    cells, reason = sweep.sweep(endpoint, plan, make, arguments.sweep_from, arguments.max_levels, report=report)
-    best = sweep.best(cells, plan.goals)
-    found.stopped[endpoint.name] = f"{reason}; the highest goodput was at {best.level.label}"
+    cells, reasons = sweep.sweep(endpoints, plan, make, arguments.sweep_from, arguments.max_levels, report=report)
+    for name, reason in reasons.items():
+        best = sweep.best([cell for cell in cells if cell.endpoint == name], plan.goals)
+        found.stopped[name] = f"{reason}; the highest goodput was at {best.level.label}"
     found.add(cells, plan.goals)
 
 

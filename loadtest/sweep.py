@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from loadtest.measure import Cell, Endpoint, Level, Plan, measure_level
 from loadtest.report import Goals, Summary, summarize
@@ -34,32 +35,64 @@ def saturation(levels: Sequence[tuple[Level, Summary]]) -> str | None:
     return None
 
 
-def sweep(
-    endpoint: Endpoint, plan: Plan, make: MakeLevel, start: float, max_levels: int, *, report: Callable[[Cell], None]
-) -> tuple[list[Cell], str]:
-    """Doubles the load until saturation; of rates, then tries some between the last good and the first bad one.
+@dataclass
+class Climb:
+    """How far one endpoint has been taken. `cells` are in the order in which they were measured."""
 
-    Returns the cells in order of load, and why it ended.
+    endpoint: Endpoint
+    cells: list[Cell] = field(default_factory=list)
+    good: float = 0.0  # the highest load that it kept up with
+    bad: float = 0.0  # the lowest that it did not
+    reason: str | None = None
+
+    def add(self, cell: Cell, goals: Goals) -> None:
+        self.cells.append(cell)
+        below = [other for other in self.cells if other.level.load <= self.good]
+        reason = saturation([(one.level, summarize(one.run(), goals)) for one in [*below, cell]])
+        if reason is None:
+            self.good = cell.level.load
+        else:
+            self.bad = cell.level.load
+            self.reason = self.reason or reason
+
+
+def sweep(
+    endpoints: Sequence[Endpoint],
+    plan: Plan,
+    make: MakeLevel,
+    start: float,
+    max_levels: int,
+    *,
+    report: Callable[[Cell], None],
+) -> tuple[list[Cell], dict[str, str]]:
+    """Doubles the load of all endpoints, which take turns at each level, until each is saturated; of rates, then tries
+    for each by itself some between the last good and the first bad one.
+
+    Returns the cells in order of load, and for each endpoint why it ended.
     """
-    cells: list[Cell] = []
-    good, bad, reason = 0.0, 0.0, None
+    climbs = [Climb(endpoint) for endpoint in endpoints]
     value = start
-    while len(cells) < max_levels and reason is None:
-        cells += measure_level([endpoint], make(value), len(cells), plan)
-        report(cells[-1])
-        reason = saturation([(cell.level, summarize(cell.run(), plan.goals)) for cell in cells])
-        good, bad = (value, bad) if reason is None else (good, value)
+    for index in range(max_levels):
+        going = [climb for climb in climbs if climb.reason is None]
+        if not going:
+            break
+        _measure(going, make(value), index, plan, report)
         value *= 2
-    is_refined = bool(good and bad) and cells[0].level.rate is not None
-    for _ in range(min(REFINEMENTS, max_levels - len(cells)) if is_refined else 0):
-        middle = round((good + bad) / 2, 2)
-        cells += measure_level([endpoint], make(middle), len(cells), plan)
-        report(cells[-1])
-        below = [cell for cell in cells if cell.level.load <= good] + cells[-1:]
-        is_good = saturation([(cell.level, summarize(cell.run(), plan.goals)) for cell in below]) is None
-        good, bad = (middle, bad) if is_good else (good, middle)
-    cells.sort(key=lambda cell: cell.level.load)
-    return cells, reason or f"{max_levels} levels are the most (--max-levels)"
+    for climb in climbs:
+        is_refined = bool(climb.good and climb.bad) and climb.cells[0].level.rate is not None
+        for _ in range(min(REFINEMENTS, max_levels - len(climb.cells)) if is_refined else 0):
+            middle = round((climb.good + climb.bad) / 2, 2)
+            _measure([climb], make(middle), max_levels + len(climb.cells), plan, report)
+    cells = sorted((cell for climb in climbs for cell in climb.cells), key=lambda cell: cell.level.load)
+    enough = f"{max_levels} levels are the most (--max-levels)"
+    return cells, {climb.endpoint.name: climb.reason or enough for climb in climbs}
+
+
+def _measure(climbs: Sequence[Climb], level: Level, index: int, plan: Plan, report: Callable[[Cell], None]) -> None:
+    cells = measure_level([climb.endpoint for climb in climbs], level, index, plan)
+    for climb, cell in zip(climbs, cells, strict=True):
+        report(cell)
+        climb.add(cell, plan.goals)
 
 
 def best(cells: Sequence[Cell], goals: Goals) -> Cell:

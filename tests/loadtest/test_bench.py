@@ -32,7 +32,7 @@ def test_bench_reports_the_tokens_that_were_made(
         assert (figures["output_tokens"], figures["prompt_tokens"], figures["failed"]) == (20, 80, 0)
         assert figures["suspicious"] == 0, figures["first_suspicion"]
         assert 0 < figures["events"] <= 20
-    assert {"running", "waiting", "blocks in use"} <= found["cells"][0]["timeline"]["series"].keys()
+    assert {"running", "waiting", "blocks in use"} <= found["cells"][0]["timelines"][0]["series"].keys()
     assert "output tok/s" in capsys.readouterr().out
     html = (tmp_path / "report.html").read_text()
     assert all(title in html for title in ("Time to first token", "Goodput", "Batch and queue", "2 in flight"))

@@ -63,25 +63,31 @@ def test_saturation_is_noticed_and_explained(runs: list[Run], rate: float | None
     assert (reason is None) if words is None else (words in (reason or ""))
 
 
-def test_a_rate_sweep_doubles_and_then_closes_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
+def test_a_rate_sweep_doubles_all_endpoints_and_closes_in_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    capacity = {"one": 5.5, "two": 1.5}
+    tried: dict[str, list[float]] = {"one": [], "two": []}
 
     def measured(endpoints: list[Endpoint], at: Level, index: int, plan: Plan) -> list[Cell]:
         assert at.rate is not None
-        tried.append(at.rate)
-        served = min(at.rate, 5.5)  # what this server can do
-        return [Cell("one", at, [run(0.1, 4 / served)])]
+        for endpoint in endpoints:
+            tried[endpoint.name].append(at.rate)
+        return [Cell(one.name, at, [run(0.1, 4 / min(at.rate, capacity[one.name]))]) for one in endpoints]
 
     monkeypatch.setattr(sweep, "measure_level", measured)
-    endpoint: Endpoint = Endpoint("one", None)  # type: ignore[arg-type]
+    endpoints: list[Endpoint] = [Endpoint(name, None) for name in capacity]  # type: ignore[arg-type]
     plan = Plan(conversations=lambda seed: iter(()))
-    cells, reason = sweep.sweep(
-        endpoint, plan, lambda rate: Level(rate=rate, num_requests=4), 1.0, 9, report=lambda cell: None
+    cells, reasons = sweep.sweep(
+        endpoints, plan, lambda rate: Level(rate=rate, num_requests=4), 0.5, 9, report=lambda cell: None
     )
-    assert tried == [1.0, 2.0, 4.0, 8.0, 6.0, 7.0]
-    assert [cell.level.rate for cell in cells] == sorted(tried)
-    assert "5.50 of 8 requests" in reason
-    assert sweep.best(cells, Goals()).level.rate in (6.0, 7.0, 8.0)
+    assert tried["one"] == [0.5, 1.0, 2.0, 4.0, 8.0, 6.0, 7.0]
+    assert tried["two"][:3] == [0.5, 1.0, 2.0]
+    assert all(1.0 < rate < 2.0 for rate in tried["two"][3:])
+    assert [cell.level.load for cell in cells] == sorted(cell.level.load for cell in cells)
+    assert "5.50 of 8 requests" in reasons["one"]
+    assert "1.50 of 2 requests" in reasons["two"]
+    compared = {ratio.level for ratio in ratios(cells, Goals())}
+    assert compared == {"0.5 req/s", "1 req/s", "2 req/s"}  # what both were asked to do
+    assert sweep.best([cell for cell in cells if cell.endpoint == "one"], Goals()).level.rate in (6.0, 7.0, 8.0)
 
 
 def test_a_plot_has_a_line_per_series_within_its_frame() -> None:
@@ -103,11 +109,15 @@ def test_page_and_terminal_show_cells_ratios_and_troubles() -> None:
     facts = {"time": "t", "cores": 2, "processor": "<p>", "kvasir": "1", "command": "kvasir bench"}
     timeline = Timeline([0.0, 0.5], {"running": [1.0, 2.0], "blocks in use": [None, 7.0]})
     found = result_file.Results(facts, {"seed": 0})
-    cells = [Cell("one", level(2), [run(1.0, 1.0)], timeline), Cell("two", level(2), [run(1.0, 0.5, failed=1)])]
+    cells = [
+        Cell("one", level(2), [run(1.0, 1.0)], [timeline, timeline]),
+        Cell("two", level(2), [run(1.0, 0.5, failed=1)]),
+    ]
     found.add(cells, Goals())
     assert found.failed == 1
     html = page.html(found, "a <title>")
-    assert html.count("<svg") == 3 + 3 + 2  # distributions, rates, one endpoint's timeline
+    assert html.count("<svg") == 3 + 3 + 2 * 2  # distributions, rates, the timelines of one endpoint's two rounds
+    assert "2 in flight, round 2" in html
     assert all(
         text in html for text in ("&lt;p&gt;", "a &lt;title&gt;", "2 in flight", "timeout 1", "2.00", "Cache blocks")
     )
@@ -121,8 +131,8 @@ def test_results_of_another_version_are_refused(tmp_path: Path) -> None:
     found.add([Cell("one", level(2), [run(1.0, 1.0)])], Goals())
     result_file.write(found, path)
     assert result_file.read(path) == found
-    path.write_text(path.read_text().replace(result_file.SCHEMA, "kvasir-bench/0"))
-    with pytest.raises(result_file.ResultsError, match="kvasir-bench/0"):
+    path.write_text(path.read_text().replace(result_file.SCHEMA, "kvasir-bench/1"))
+    with pytest.raises(result_file.ResultsError, match="kvasir-bench/1"):
         result_file.read(path)
 
 
