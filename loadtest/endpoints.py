@@ -108,7 +108,8 @@ def _target(arguments: argparse.Namespace, url: str, model: str, extra: dict[str
 
 def _peer_target(arguments: argparse.Namespace, server: PeerServer) -> Target:
     target = _target(arguments, server.url, server.model, dict(server.request_fields))
-    return target if server.takes_ignore_eos else Target(**{**target.__dict__, "ignore_eos": False})
+    ignore_eos = target.ignore_eos and server.takes_ignore_eos
+    return Target(**{**target.__dict__, "ignore_eos": ignore_eos, "sends_done": server.sends_done})
 
 
 def model_card(url: str, api_key: str | None, wanted: str | None) -> tuple[str, int]:

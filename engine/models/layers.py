@@ -50,8 +50,11 @@ class Attention:
         if self.clip:
             qkv.clamp_(-self.clip, self.clip)
         if batch.attention is not None:
+            unrotated = k if batch.writes is None else k.clone()
             if self.cos_sin is not None:
                 kernels.apply_rope(q, k, batch.positions, self.cos_sin)
+            if batch.writes is not None:
+                batch.writes.on_kv(self.layer, q, unrotated, k, v)
             options: dict[str, Any] = {"scale": self.scale, "window": self.window, "soft_cap": self.soft_cap}
             return self.o(batch.attention.attend(self.layer, q, k, v, **options).view(num_tokens, -1))
         k_cache, v_cache = cache.layer(self.layer)
@@ -72,6 +75,14 @@ class Attention:
             plan=batch.attention_plan,
         )
         return self.o(out.view(num_tokens, -1))
+
+    def write(self, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, cache: KVCache) -> None:
+        """See `engine.models.batch.KeyWriter`."""
+        k = k.contiguous()
+        if self.cos_sin is not None:
+            k = k.clone()
+            kernels.apply_rope(k.clone(), k, positions, self.cos_sin)
+        kernels.kv_write(k, v.contiguous(), *cache.layer(self.layer), slots)
 
     def _normalize(self, heads: Tensor, weight: Tensor) -> None:  # [T, H, D], in place
         rows = heads.flatten(1) if self.norms_whole_projection else heads

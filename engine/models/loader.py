@@ -19,7 +19,7 @@ from engine.models.hf_config import architectures, parse_config
 from engine.models.pooling_config import causal_architecture, has_language_head, pooler_tensors
 from engine.models.weights import CheckpointWeights, DummyWeights, Progress, WeightSource
 from kernels import backend
-from kernels.linear import QUANTIZED, quantized_instructions
+from kernels.linear import BF16, QUANTIZED, bf16_instructions, quantized_instructions
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ def load_model(
     """Load the model in folder `path`.
 
     dtype: "auto", "float32", "bfloat16" or "float16". On CPU hidden states are always fp32 and "auto" keeps 16-bit
-    checkpoints at 16 bits; on CUDA it is the dtype of weights and hidden states, "auto" that of the checkpoint.
+    checkpoints at 16 bits; "bfloat16" also rounds what enters a product (mode "bf16" of kernels.linear). On CUDA it is
+    the dtype of weights and hidden states, "auto" that of the checkpoint.
     quantization: "none", "int8" or "int4": how matrices are rounded while loading, on CPU (kernels.linear.quantized).
     deterministic: a row's result does not depend on the other rows. load_format: "safetensors", or "dummy" for random
     weights from `seed` (only config.json is read). kind: "native", "transformers", or "auto" for native where we know
@@ -83,7 +84,7 @@ def load_model(
         return build_decoder(
             config,
             weights,
-            linear_mode=_linear_mode(weights.dtype, device, deterministic),
+            linear_mode=_linear_mode(dtype, weights.dtype, device, deterministic),
             quantization=None if quantization == "none" else quantization,
             device=device,
             max_model_len=_context(config, max_model_len),
@@ -108,10 +109,13 @@ def load_model(
     )
 
 
-def _linear_mode(dtype: torch.dtype, device: torch.device, deterministic: bool) -> str:
+def _linear_mode(asked: str, dtype: torch.dtype, device: torch.device, deterministic: bool) -> str:
+    if deterministic and device.type == "cpu" and backend.select("paged_attention", device) != "cpp":
+        raise ConfigError("deterministic mode on CPU needs the native kernels, which are off; is g++ installed?")
+    if asked == "bfloat16" and device.type == "cpu":
+        logger.info("products take activations rounded to bfloat16 and use %s", bf16_instructions())
+        return BF16  # batch-invariant on the native kernels
     if deterministic:
-        if device.type == "cpu" and backend.select("paged_attention", device) != "cpp":
-            raise ConfigError("deterministic mode on CPU needs the native kernels, which are off; is g++ installed?")
         return "deterministic"
     return "fp32" if dtype == torch.float32 else "auto"
 

@@ -107,6 +107,8 @@ def _own_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if num_bytes < _MIN_OWN_BYTES:
         return torch.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # a page fault for every 4 KiB would take longer than the copy
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 

@@ -158,7 +158,7 @@ class Step {
       float* row = residual_ + t * p_.hidden_size;
       const int64_t id = b_.token_ids[t];
       if (e.is_packed) {
-        linear::unpack_row(e.rows, e.dtype, e.vocab_size, p_.hidden_size, id, row);
+        linear::unpack_row(e.rows, e.dtype, p_.hidden_size, id, row);
       } else {
         with_dtype(e.dtype, [&](auto type) {
           const auto* from = (const decltype(type)*)e.rows + id * e.stride;

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.linear.packed import QUANTIZED, PackedLinear, Panels, check_float32, check_ids
+from kernels.linear.packed import BF16, QUANTIZED, PackedLinear, Panels, check_float32, check_ids
 from kernels.linear.precision import float16_problem
 from kernels.linear.quantized import FORMATS
 from kernels.native import INT, PTR
@@ -20,6 +20,7 @@ from kernels.native import INT, PTR
 logger = logging.getLogger(__name__)
 
 PANEL = 32  # columns; kernel.cpp: kPanel
+PAIRS_CODE = 16  # stands for an element type; pairs.h: kPairs
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -86,10 +87,10 @@ class PanelLinear(PackedLinear):
     def rows(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.out_features)
         out = torch.empty(ids.shape[0], self.in_features)
-        unpack = native.function("kvasir_linear_unpack_rows", PTR, INT, INT, INT, PTR, INT, PTR, INT)
+        unpack = native.function("kvasir_linear_unpack_rows", PTR, INT, INT, PTR, INT, PTR, INT)
         ids = ids.contiguous()
-        shape = (self._dtype_code, self.out_features, self.in_features)
-        unpack(self._packed.data_ptr(), *shape, ids.data_ptr(), ids.shape[0], out.data_ptr(), native.num_threads())
+        place = (self._packed.data_ptr(), self._dtype_code, self.in_features)
+        unpack(*place, ids.data_ptr(), ids.shape[0], out.data_ptr(), native.num_threads())
         return out
 
 
@@ -114,6 +115,30 @@ class QuantizedPanelLinear(PanelLinear):
         quantize(weight.data_ptr(), dtype_code, *shape, packed.data_ptr(), native.num_threads())
 
 
+class Bf16PanelLinear(PanelLinear):
+    """Panels of bfloat16 pairs (pairs.h); rows of x are rounded to bfloat16 too. The same bits on every CPU."""
+
+    def _allocate(self, dtype: torch.dtype, padded: int) -> None:
+        self.kind = "panels_bf16_pairs"
+        self._dtype_code = PAIRS_CODE
+        num_bytes = native.function("kvasir_pairs_bytes", INT, INT, restype=INT)
+        self._packed = torch.empty(num_bytes(self.out_features, self.in_features), dtype=torch.uint8)
+
+    def _pack(self, weight: Tensor, packed: Tensor) -> None:
+        pack_pairs = native.function("kvasir_pairs_pack", PTR, *[INT] * 4, PTR, INT)
+        shape = (weight.stride(0), self.out_features, self.in_features)
+        dtype_code = native.DTYPE_CODES[weight.dtype]
+        pack_pairs(weight.data_ptr(), dtype_code, *shape, packed.data_ptr(), native.num_threads())
+
+
+def bf16_isa(wanted: str | None = None) -> str:
+    """Name of the instructions that products of bfloat16 pairs use; `wanted` as for `quantized_isa`."""
+    name: bytes = native.function("kvasir_pairs_isa", ctypes.c_char_p, restype=ctypes.c_char_p)(
+        None if wanted is None else wanted.encode()
+    )
+    return name.decode()
+
+
 def quantized_isa(wanted: str | None = None) -> str:
     """Name of the instructions that quantised products use; `wanted` selects them, where this CPU has them (tests)."""
     name: bytes = native.function("kvasir_quantized_isa", ctypes.c_char_p, restype=ctypes.c_char_p)(
@@ -126,6 +151,8 @@ def pack(weight: Tensor, bias: Tensor | None, mode: str) -> PackedLinear:
     """See kernels.linear.pack_linear."""
     if mode in QUANTIZED:
         return QuantizedPanelLinear(weight, bias, mode)
+    if mode == BF16:
+        return Bf16PanelLinear(weight, bias)
     if mode == "fp32":
         weight = weight.float()
     elif mode == "fp16" and weight.dtype == torch.float32:

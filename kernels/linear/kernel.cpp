@@ -10,6 +10,7 @@
 #endif
 
 #include "dispatch.h"
+#include "pairs.h"
 #include "product.h"
 #include "quantized.h"
 #include "simd.h"
@@ -75,8 +76,8 @@ KVASIR_INLINE void load_pair<BFloat16>(const BFloat16* p, vfloat& a, vfloat& b) 
   b = (vfloat)(both & 0xffff0000u);
 }
 
-// out[Rows][Pairs * 2 * kLanes] (+)= x[Rows][depth] * w[depth][...], then + bias where it is not null; meanwhile the
-// share of the next panel at `ahead` (past the last one a harmless address) that falls to this tile is fetched.
+// out[Rows][Pairs * 2 * kLanes] (+)= x[Rows][depth] * w[depth][...], then + bias where it is not null; meanwhile this
+// tile's share of what is needed next, at `ahead` (past the end a harmless address), is fetched.
 template <class T, int Rows, int Pairs>
 __attribute__((noinline)) void tile(const float* x, const T* w, const T* ahead, int64_t depth, bool is_first,
                                     const float* bias, float* out, int64_t out_stride) {
@@ -117,16 +118,16 @@ __attribute__((noinline)) void tile(const float* x, const T* w, const T* ahead, 
 
 // One panel for `rows` <= Rows rows.
 template <class T, int Rows>
-void panel(int64_t rows, const float* x, const T* w, int64_t depth, bool is_first, const float* bias, float* out,
-           int64_t out_stride) {
+void panel(int64_t rows, const float* x, const T* w, const T* ahead, int64_t depth, bool is_first, const float* bias,
+           float* out, int64_t out_stride) {
   if constexpr (Rows > 1) {
-    if (rows < Rows) return panel<T, Rows - 1>(rows, x, w, depth, is_first, bias, out, out_stride);
+    if (rows < Rows) return panel<T, Rows - 1>(rows, x, w, ahead, depth, is_first, bias, out, out_stride);
   }
   // As many vectors side by side as registers allow: with one or two rows the additions' latency would bound.
   constexpr int kPairs = Rows <= 2 ? kPairsPerPanel : 1;
   for (int64_t column = 0; column < kPanel; column += kPairs * 2 * kLanes)
-    tile<T, Rows, kPairs>(x, w + column, w + depth * (kPanel + column), depth, is_first,
-                          bias ? bias + column : nullptr, out + column, out_stride);
+    tile<T, Rows, kPairs>(x, w + column, ahead + depth * column, depth, is_first, bias ? bias + column : nullptr,
+                          out + column, out_stride);
 }
 
 int64_t num_panels_of(const linear::Product& p) { return ceil_div(p.num_columns, kPanel); }
@@ -136,76 +137,81 @@ template <class T>
 struct Panels : linear::Product {
   explicit Panels(const linear::Product& product) : linear::Product(product) {}
 
-  int64_t num_panels() const { return num_panels_of(*this); }
+  const T* weights_at(int64_t p, int64_t k0) const { return (const T*)weights + (p * depth + k0) * kPanel; }
 
   // The last panel may be narrower than it is packed: its rows pass through a full-width buffer.
-  void partial_panel(int64_t rows, const float* block, const T* w, int64_t chunk, bool is_first, const float* bias_at,
-                     float* target, int64_t width) const {
+  void partial_panel(int64_t rows, const float* block, const T* w, const T* ahead, int64_t chunk, bool is_first,
+                     const float* bias_at, float* target, int64_t width) const {
     float buffer[kMaxRows * kPanel] = {};
     if (!is_first)
       for (int64_t r = 0; r < rows; ++r) std::copy_n(target + r * out_stride, width, buffer + r * kPanel);
-    panel<T, kMaxRows>(rows, block, w, chunk, is_first, bias_at, buffer, kPanel);
+    panel<T, kMaxRows>(rows, block, w, ahead, chunk, is_first, bias_at, buffer, kPanel);
     for (int64_t r = 0; r < rows; ++r) std::copy_n(buffer + r * kPanel, width, target + r * out_stride);
   }
 
-  void block_of_rows(int64_t row, int64_t rows, int64_t first_panel, int64_t end_panel, int64_t k0) const {
-    const int64_t chunk = std::min(kChunk, depth - k0);
-    alignas(64) float block[kMaxRows * kRowStride];
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(x + (row + r) * x_stride + k0, chunk, block + r * kRowStride);
+  // Rows `row` .. `row + rows` times a chunk of one panel; `block` has the chunk of x.
+  void piece(const float* block, int64_t row, int64_t rows, int64_t p, int64_t k0, const T* ahead) const {
+    const int64_t chunk = std::min(kChunk, depth - k0), width = num_columns - p * kPanel;
     const bool is_first = k0 == 0, is_last = k0 + chunk == depth;
-    for (int64_t p = first_panel; p < end_panel; ++p) {
-      const T* w = (const T*)weights + (k0 * num_panels() + p * chunk) * kPanel;
-      const float* bias_at = is_last && bias ? bias + p * kPanel : nullptr;
-      float* target = out + row * out_stride + p * kPanel;
-      const int64_t width = num_columns - p * kPanel;
-      if (width < kPanel)
-        partial_panel(rows, block, w, chunk, is_first, bias_at, target, width);
-      else
-        panel<T, kMaxRows>(rows, block, w, chunk, is_first, bias_at, target, out_stride);
-    }
+    const float* bias_at = is_last && bias ? bias + p * kPanel : nullptr;
+    float* target = out + row * out_stride + p * kPanel;
+    if (width < kPanel)
+      partial_panel(rows, block, weights_at(p, k0), ahead, chunk, is_first, bias_at, target, width);
+    else
+      panel<T, kMaxRows>(rows, block, weights_at(p, k0), ahead, chunk, is_first, bias_at, target, out_stride);
+  }
+
+  // The chunk of x as a piece reads it: a single row where it lies, others in `block`.
+  const float* chunk_of_x(int64_t row, int64_t rows, int64_t k0, float* block) const {
+    const float* first = x + row * x_stride + k0;
+    if (rows == 1) return first;
+    for (int64_t r = 0; r < rows; ++r)
+      std::copy_n(first + r * x_stride, std::min(kChunk, depth - k0), block + r * kRowStride);
+    return block;
   }
 
   void task(int64_t row, int64_t rows, int64_t first_panel, int64_t end_panel) const {
+    alignas(64) float block[kMaxRows * kRowStride];
     const int64_t num_blocks = ceil_div(rows, kMaxRows);
-    for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kChunk)
+    if (num_blocks == 1) {  // memory bounds it: weights are read as one stream
+      for (int64_t p = first_panel; p < end_panel; ++p)
+        for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kChunk)
+          piece(chunk_of_x(row, rows, k0, block), row, rows, p, k0, weights_at(p, k0 + kChunk));
+      return;
+    }
+    for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kChunk)  // a chunk of weights stays in the cache for all rows
       for (int64_t b = 0; b < num_blocks; ++b) {
-        const int64_t begin = rows * b / num_blocks, end = rows * (b + 1) / num_blocks;
-        block_of_rows(row + begin, end - begin, first_panel, end_panel, k0);
+        const int64_t begin = rows * b / num_blocks, count = rows * (b + 1) / num_blocks - begin;
+        const float* chunk = chunk_of_x(row + begin, count, k0, block);
+        for (int64_t p = first_panel; p < end_panel; ++p)
+          piece(chunk, row + begin, count, p, k0, weights_at(p + 1, k0));
       }
   }
 };
 
-// Index of W[column][k] among the packed weights.
+// Index of W[column][k] among the packed weights: panel by panel, k by k.
 template <class T>
-KVASIR_INLINE int64_t packed_index(int64_t column, int64_t k, int64_t depth, int64_t num_panels) {
-  const int64_t k0 = k / kChunk * kChunk, chunk = std::min(kChunk, depth - k0);
-  return (k0 * num_panels + column / kPanel * chunk + (k - k0)) * kPanel + position<T>(column % kPanel);
+KVASIR_INLINE int64_t packed_index(int64_t column, int64_t k, int64_t depth) {
+  return (column / kPanel * depth + k) * kPanel + position<T>(column % kPanel);
 }
 
 template <class T>
 void pack(const T* weight, int64_t row_stride, int64_t num_columns, int64_t depth, T* packed, int64_t threads) {
   const int64_t num_panels = ceil_div(num_columns, kPanel);
   parallel_for(num_panels, threads, [&](int64_t p) {
-    for (int64_t j = 0; j < kPanel; ++j) {
-      const int64_t column = p * kPanel + j;
-      for (int64_t k0 = 0; k0 < depth; k0 += kChunk) {
-        const int64_t end = std::min(k0 + kChunk, depth);
-        T* target = packed + packed_index<T>(column, k0, depth, num_panels);
-        for (int64_t k = k0; k < end; ++k, target += kPanel)
+    for (int64_t k0 = 0; k0 < depth; k0 += kChunk)  // what is written stays in the first cache
+      for (int64_t column = p * kPanel; column < (p + 1) * kPanel; ++column) {
+        T* target = packed + packed_index<T>(column, k0, depth);
+        for (int64_t k = k0; k < std::min(k0 + kChunk, depth); ++k, target += kPanel)
           *target = column < num_columns ? weight[column * row_stride + k] : T{};
       }
-    }
   });
 }
 
 template <class T>
-void unpack(const T* packed, int64_t num_columns, int64_t depth, int64_t id, float* out) {
-  const int64_t num_panels = ceil_div(num_columns, kPanel);
-  for (int64_t k0 = 0; k0 < depth; k0 += kChunk) {
-    const T* source = packed + packed_index<T>(id, k0, depth, num_panels);
-    const int64_t end = std::min(k0 + kChunk, depth);
-    for (int64_t k = k0; k < end; ++k, source += kPanel) out[k] = to_float(*source);
-  }
+void unpack(const T* packed, int64_t depth, int64_t id, float* out) {
+  const T* source = packed + packed_index<T>(id, 0, depth);
+  for (int64_t k = 0; k < depth; ++k, source += kPanel) out[k] = to_float(*source);
 }
 
 }  // namespace
@@ -214,6 +220,7 @@ namespace kvasir::linear {
 
 void prepare(Product& p, int64_t threads) {
   if (quantized::is_quantized(p.dtype)) p.prepared = quantized::prepare(p, threads);
+  if (pairs::is_pairs(p.dtype)) p.prepared = pairs::prepare(p, threads);
 }
 
 int64_t work_of(const Product& p) {
@@ -221,8 +228,8 @@ int64_t work_of(const Product& p) {
     const int64_t reading = kWorkPerByte * p.dtype / 8;
     return p.num_columns * p.depth * std::max<int64_t>(ceil_div(p.num_rows, kQuantizedRate), reading);
   }
-  const int64_t width = p.dtype == kFloat32 ? 4 : 2;
-  return p.num_columns * p.depth * std::max<int64_t>(p.num_rows, kWorkPerByte * width);
+  const int64_t width = p.dtype == kFloat32 ? 4 : 2, rate = pairs::is_pairs(p.dtype) ? pairs::rate() : 1;
+  return p.num_columns * p.depth * std::max<int64_t>(ceil_div(p.num_rows, rate), kWorkPerByte * width);
 }
 
 Division divide(const Product& p, int64_t max_threads) {
@@ -243,12 +250,14 @@ void run_task(const Product& p, const Division& d, int64_t t) {
   const int64_t row = p.num_rows * group / d.row_groups, end = p.num_rows * (group + 1) / d.row_groups;
   const int64_t first = num_panels * columns / d.column_groups, last = num_panels * (columns + 1) / d.column_groups;
   if (quantized::is_quantized(p.dtype)) return quantized::run(p, row, end - row, first, last);
+  if (pairs::is_pairs(p.dtype)) return pairs::run(p, row, end - row, first, last);
   with_dtype(p.dtype, [&](auto type) { Panels<decltype(type)>(p).task(row, end - row, first, last); });
 }
 
-void unpack_row(const void* packed, int64_t dtype, int64_t num_columns, int64_t depth, int64_t id, float* out) {
+void unpack_row(const void* packed, int64_t dtype, int64_t depth, int64_t id, float* out) {
   if (quantized::is_quantized(dtype)) return quantized::unpack_row(packed, dtype, depth, id, out);
-  with_dtype(dtype, [&](auto type) { unpack((const decltype(type)*)packed, num_columns, depth, id, out); });
+  if (pairs::is_pairs(dtype)) return pairs::unpack_row(packed, depth, id, out);
+  with_dtype(dtype, [&](auto type) { unpack((const decltype(type)*)packed, depth, id, out); });
 }
 
 }  // namespace kvasir::linear
@@ -263,10 +272,10 @@ KVASIR_EXPORT void kvasir_linear_pack(const void* weight, int64_t dtype, int64_t
 }
 
 // out[i] = row ids[i] of the weight that was packed, as fp32.
-KVASIR_EXPORT void kvasir_linear_unpack_rows(const void* packed, int64_t dtype, int64_t num_columns, int64_t depth,
-                                             const int64_t* ids, int64_t num_ids, float* out, int64_t threads) {
+KVASIR_EXPORT void kvasir_linear_unpack_rows(const void* packed, int64_t dtype, int64_t depth, const int64_t* ids,
+                                             int64_t num_ids, float* out, int64_t threads) {
   parallel_for_runs(num_ids, depth * kPanel, kMinWorkPerThread, threads, [&](int64_t i) {
-    linear::unpack_row(packed, dtype, num_columns, depth, ids[i], out + i * depth);
+    linear::unpack_row(packed, dtype, depth, ids[i], out + i * depth);
   });
 }
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MODES = ("auto", "fp32", "fp16", "deterministic")
+BF16 = "bf16"  # the mode that rounds weight and activations to bfloat16; see pairs.h
 QUANTIZED = ("int8", "int4")  # modes that round the weight, and activations to 8 bits; see quantized.py
 
 

@@ -5,7 +5,8 @@
 
 namespace kvasir::linear {
 
-// out [num_rows][num_columns] = x W^T + bias; bias is null or has a whole number of panels; dtype as DType, or of quantized.h.
+// out [num_rows][num_columns] = x W^T + bias; bias is null or has a whole number of panels; dtype as DType, or of quantized.h
+// or pairs.h.
 struct Product {
   const float* x;
   int64_t x_stride, num_rows, depth, num_columns;
@@ -17,8 +18,8 @@ struct Product {
   const void* prepared = nullptr;  // what `prepare` made of x
 };
 
-// Makes of x what tasks on quantised weights read; call it first, on the thread that waits for the tasks. Good until the
-// next call on that thread. Nothing for other weights.
+// Makes of x what tasks read where x is rounded (quantized.h, pairs.h), nothing elsewhere; call it first, on the thread
+// that waits for the tasks. Good until the next call on that thread.
 void prepare(Product& product, int64_t threads);
 
 // How a product falls into tasks, each a group of rows by a group of columns. Changes no bit of the result.
@@ -34,6 +35,6 @@ void run_task(const Product& product, const Division& division, int64_t task);
 int64_t work_of(const Product& product);
 
 // out[i] = row ids[i] of the weight that was packed.
-void unpack_row(const void* packed, int64_t dtype, int64_t num_columns, int64_t depth, int64_t id, float* out);
+void unpack_row(const void* packed, int64_t dtype, int64_t depth, int64_t id, float* out);
 
 }  // namespace kvasir::linear

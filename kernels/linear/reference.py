@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.linear.packed import QUANTIZED, PackedLinear, check_ids
+from kernels.linear.packed import BF16, QUANTIZED, PackedLinear, check_ids
 from kernels.linear.quantized import QuantizedLinear
+from kernels.linear.rounded import RoundedLinear
 
 
 class ReferenceLinear(PackedLinear):
@@ -36,7 +37,9 @@ class ReferenceLinear(PackedLinear):
 
 
 def pack(weight: Tensor, bias: Tensor | None, mode: str) -> PackedLinear:
-    """See kernels.linear.pack_linear; all modes that do not quantise are the same here."""
+    """See kernels.linear.pack_linear; all modes that do not round are the same here."""
     if mode in QUANTIZED:
         return QuantizedLinear(weight, bias, mode, torch.int64)
+    if mode == BF16:
+        return RoundedLinear(ReferenceLinear(weight.to(torch.bfloat16), bias))
     return ReferenceLinear(weight, bias)

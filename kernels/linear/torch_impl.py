@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear.packed import QUANTIZED, PackedLinear, check_float32, check_ids
+from kernels.linear.packed import BF16, QUANTIZED, PackedLinear, check_float32, check_ids
 from kernels.linear.precision import float16_problem
 from kernels.linear.quantized import QuantizedLinear
+from kernels.linear.rounded import RoundedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,8 @@ def pack(weight: Tensor, bias: Tensor | None, mode: str) -> PackedLinear:
     """See kernels.linear.pack_linear."""
     if mode in QUANTIZED:
         return QuantizedLinear(weight, bias, mode, torch.float32)
+    if mode == BF16:
+        return RoundedLinear(pack(weight.to(torch.bfloat16), bias, "auto"))
     if weight.device.type != "cpu":
         weight = weight.float() if mode == "fp32" else weight
         return (RowwiseLinear if mode == "deterministic" else UnpackedLinear)(weight, bias)

@@ -22,6 +22,7 @@ from loadtest.micro.setup import Setup, cpu_setup, cuda_setup
 
 KERNELS: dict[str, Callable[[Setup], list[Bench]]] = {
     "linear": matrices.linear,
+    "bf16_linear": matrices.bf16_linear,
     "decode": attention.decode,
     "prefill": attention.prefill,
     "rms_norm": rows.rms_norm,

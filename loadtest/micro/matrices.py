@@ -10,6 +10,7 @@ from torch import Tensor
 
 import kernels
 from kernels.decoder_step import DecoderStep, DecoderWeights, LayerWeights
+from kernels.linear import bf16_instructions
 from loadtest.micro.bench import Bench, Run
 from loadtest.micro.setup import BLOCK_SIZE, Setup
 
@@ -44,6 +45,32 @@ def linear(setup: Setup, rows: tuple[int, ...] = (1, 8, 32, 512)) -> list[Bench]
                 + num_rows * (num_in + num_out) * setup.activations.itemsize,
                 num_flops=2 * num_rows * num_out * num_in,
                 library=library,
+            )
+        )
+    return benches
+
+
+def bf16_linear(setup: Setup, rows: tuple[int, ...] = (1, 8, 32, 512)) -> list[Bench]:
+    """The same with activations rounded to bfloat16 (`--dtype bfloat16`). Library: F.linear in bfloat16."""
+    if setup.device.type != "cpu":
+        return []
+    num_out, num_in = 2 * setup.intermediate, setup.hidden
+    weights = [setup.weight(num_out, num_in).bfloat16() for _ in range(WEIGHT_COPIES)]
+    packed = [kernels.pack_linear(weight, mode="bf16") for weight in weights]
+    # an instruction of the CPU's own makes two multiply-adds where the bound counts one
+    multiply_adds = 0.5 if bf16_instructions() == "avx512_bf16" else 1.0
+    benches = []
+    for num_rows in rows:
+        x = setup.random(num_rows, num_in)
+        rounded = x.bfloat16()
+        benches.append(
+            Bench(
+                "bf16_linear",
+                f"{num_rows} rows, {num_out} x {num_in}",
+                [partial(weight, x) for weight in packed],
+                num_bytes=num_out * num_in * 2 + num_rows * (num_in + num_out) * setup.activations.itemsize,
+                num_flops=int(2 * num_rows * num_out * num_in * multiply_adds),
+                library={"F.linear bf16": [partial(F.linear, rounded, weight) for weight in weights]},
             )
         )
     return benches

@@ -53,11 +53,18 @@ class PeerServer:
     start_s: float  # from start to ready
     takes_token_ids: bool = True
     takes_ignore_eos: bool = True
+    sends_done: bool = True  # its streams end with [DONE]
     request_fields: Mapping[str, Any] = field(default_factory=dict)  # further fields that its requests need
 
     @property
     def target(self) -> Target:
-        return Target(url=self.url, model=self.model, ignore_eos=self.takes_ignore_eos, extra=self.request_fields)
+        return Target(
+            url=self.url,
+            model=self.model,
+            ignore_eos=self.takes_ignore_eos,
+            sends_done=self.sends_done,
+            extra=self.request_fields,
+        )
 
     def peak_rss_bytes(self) -> int:
         """Highest resident memory so far, summed over its processes."""

@@ -1,6 +1,7 @@
 """`transformers serve` with continuous batching out of an environment of its own.
 
-It takes text only, refuses fields that it does not know, `ignore_eos` among them, and has no prefix cache to turn off.
+It takes text only, refuses fields that it does not know, `ignore_eos` among them, ends streams without [DONE], and has
+no prefix cache to turn off.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def start(path: Path, folder: Path, settings: Settings) -> Iterator[PeerServer]:
         env=env,
         takes_token_ids=False,
         takes_ignore_eos=False,
+        sends_done=False,
         # a generation config of the request replaces the checkpoint's, and with it the token that ends an answer
         request_fields={"generation_config": "{}"},
     ) as server:

@@ -50,6 +50,13 @@ async def test_what_goes_wrong_is_an_error_of_its_kind(pieces: list[bytes | floa
     assert record.finished is not None
 
 
+async def test_a_server_known_to_end_without_done_still_has_to_give_a_finish_reason() -> None:
+    whole = await record_of(lambda body: answer(body)[:-1], sends_done=False)
+    assert whole.error is None
+    cut = await record_of(lambda body: [event(choices=[{"text": "a"}]), *answer(body)[-2:-1]], sends_done=False)
+    assert cut.error == "the answer ended without a finish_reason"
+
+
 async def test_nobody_listening_is_an_error_too() -> None:
     async with scripted(answer) as url:
         pass

@@ -93,6 +93,12 @@ def test_products_agree_with_those_of_the_library(setup: Setup) -> None:
         torch.testing.assert_close(own, one.library["mm"][0]().t(), rtol=1e-4, atol=1e-4)
 
 
+def test_products_of_bfloat16_agree_with_those_of_the_library(setup: Setup) -> None:
+    for one in matrices.bf16_linear(setup, rows=(1, 5)):
+        (library,) = one.library.values()
+        torch.testing.assert_close(one.run[0](), library[0]().float(), rtol=2e-2, atol=2e-2)  # it rounds its result too
+
+
 def test_attention_agrees_with_that_of_the_library(setup: Setup) -> None:
     for one in (*attention.decode(setup, ((3, 64),)), *attention.prefill(setup, (48,))):
         found = one.library["sdpa"]().transpose(1, 2).reshape(-1, setup.heads, setup.head_dim)

@@ -48,11 +48,36 @@ def test_16_bit_checkpoint_equals_transformers_on_the_same_values_in_fp32(
 def test_casting_while_loading_equals_a_cast_checkpoint(tmp_path: Path) -> None:
     reference = BY_NAME["llama"].build()
     save(reference, tmp_path / "fp32")
-    save(reference.bfloat16(), tmp_path / "bf16")
-    cast, stored = load_model(tmp_path / "fp32", dtype="bfloat16"), load_model(tmp_path / "bf16")
+    save(reference.half(), tmp_path / "fp16")
+    cast, stored = load_model(tmp_path / "fp32", dtype="float16"), load_model(tmp_path / "fp16")
     assert cast.weight_bytes == stored.weight_bytes
     actual, expected = (prompt_logits(model, PROMPTS[0], first_chunk=11) for model in (cast, stored))
     assert torch.equal(actual, expected)
+
+
+@torch.inference_mode()
+def test_bfloat16_rounds_what_enters_a_product_and_auto_does_not(case: Case, tmp_path: Path) -> None:
+    save(case.build().bfloat16(), tmp_path)
+    full, auto, rounded = (load_model(tmp_path, dtype=dtype) for dtype in ("float32", "auto", "bfloat16"))
+    assert rounded.weight_bytes == auto.weight_bytes
+    expected = prompt_logits(full, PROMPTS[0], first_chunk=11)
+    auto_error, error = (
+        (prompt_logits(model, PROMPTS[0], first_chunk=11) - expected).norm() / expected.norm()
+        for model in (auto, rounded)
+    )
+    assert auto_error < 1e-4
+    assert 1e-3 < error < 0.1  # random weights, in which nothing is redundant
+
+
+@torch.inference_mode()
+def test_routers_keep_their_activations_unrounded(tmp_path: Path) -> None:
+    model = load_model(save(BY_NAME["qwen2_moe"].build(), tmp_path), dtype="bfloat16")
+    if backend.select("linear", "cpu") != "cpp":
+        pytest.skip("needs the native library")
+    kinds = dict(entry.split(" ")[::-1] for entry in model.description()["linears"].split(", "))
+    assert set(kinds) == {"panels_bf16_pairs", "panels_bf16"}
+    num_moe = sum(layer.is_moe for layer in model.config.layers)
+    assert int(kinds["panels_bf16"]) == 2 * num_moe  # the router and the gate of the shared expert
 
 
 @torch.inference_mode()
