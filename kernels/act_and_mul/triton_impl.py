@@ -15,6 +15,19 @@ def _sigmoid(x):
 
 
 @triton.jit
+def activated(gate, ACTIVATION: tl.constexpr):
+    """The activation of `act_and_mul`, in float32."""
+    if ACTIVATION == "silu":
+        value = gate * _sigmoid(gate)
+    elif ACTIVATION == "gelu":
+        value = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        # 0.5 * (1 + tanh(z)) is sigmoid(2 z)
+        value = gate * _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    return value
+
+
+@triton.jit
 def _act_and_mul_kernel(
     gate_up_ptr,
     out_ptr,
@@ -28,14 +41,8 @@ def _act_and_mul_kernel(
     mask = column < size
     gate = tl.load(gate_up_ptr + row * gate_up_stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * gate_up_stride + size + column, mask=mask, other=0.0).to(tl.float32)
-    if ACTIVATION == "silu":
-        value = gate * _sigmoid(gate)
-    elif ACTIVATION == "gelu":
-        value = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    else:
-        # 0.5 * (1 + tanh(z)) is sigmoid(2 z)
-        value = gate * _sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    tl.store(out_ptr + row * size + column, (value * up).to(out_ptr.dtype.element_ty), mask=mask)
+    value = activated(gate, ACTIVATION) * up
+    tl.store(out_ptr + row * size + column, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def act_and_mul(gate_up: Tensor, activation: str, out: Tensor) -> None:

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.paged_attention.plan import AttentionPlan, Extents, check_parents
+from kernels.paged_attention.plan import AttentionPlan, Extents, FixedPlan, check_parents
+from kernels.paged_attention.triton_plan import num_decode_items
+
+__all__ = ["fixed_decode_plan", "num_decode_items", "paged_attention", "plan_attention"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,6 +50,27 @@ def plan_attention(
     plan = AttentionPlan(cu_seqlens_q, seq_lens, num_kv_heads, device, module, parents)
     if parents is not None:
         check_parents(parents, plan.rows)
+    return plan
+
+
+def fixed_decode_plan(
+    num_rows: int, num_items: int, *, num_kv_heads: int = 1, device: torch.device | str = "cpu"
+) -> FixedPlan:
+    """A plan of `num_rows` rows of one token each that a CUDA graph may capture: `fill` it before each replay.
+
+    num_items  most pieces that the rows are divided into, at least one a row: `num_decode_items` of their lengths. A
+               graph launches as many programs per kv head, those without work included; hence bucket it as the rows
+    A row of length 0 sees nothing and gives zeros: rows that fill up a bucket. A row's result has the same bits as
+    under a plan of `plan_attention`, whatever the room. Raises ValueError for fewer items than rows.
+    """
+    device = torch.device(device)
+    module = backend.implementation("paged_attention", device)
+    plan = FixedPlan(range(num_rows + 1), [0] * num_rows, num_kv_heads, device, module)
+    if num_items < num_rows:
+        raise ValueError(f"every row takes an item; {num_items} are too few for {num_rows} rows")
+    if hasattr(module, "fixed_plan"):
+        plan.__dict__["work"] = module.fixed_plan(num_rows, num_items, device)
+    plan.fill([0] * num_rows)
     return plan
 
 

@@ -105,6 +105,22 @@ class AttentionPlan:
         return self.module.plan(self.rows, self.num_kv_heads, self.device)
 
 
+@dataclass(frozen=True)
+class FixedPlan(AttentionPlan):
+    """Made by `fixed_decode_plan`: decoding rows whose lengths change while the tensors stay where they are."""
+
+    def fill(self, seq_lens: Sequence[int] | np.ndarray) -> None:
+        """Take these lengths [R], for all that is launched from now on. Raises ValueError when they do not fit."""
+        if len(seq_lens) != len(self.seq_lens):
+            raise ValueError(f"{len(seq_lens)} lengths for a plan of {len(self.seq_lens)} rows")
+        if hasattr(self.work, "fill"):
+            self.work.fill(np.asarray(seq_lens))
+            return
+        object.__setattr__(self, "seq_lens", list(seq_lens))
+        for name in ("rows", "work"):
+            self.__dict__.pop(name, None)
+
+
 def check_parents(parents: Sequence[int], rows: Sequence[Row]) -> None:
     """Raises ValueError unless every row is one tree, its first token the root and no token before its parent."""
     num_tokens = sum(row.num_queries for row in rows)

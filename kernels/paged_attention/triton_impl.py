@@ -19,11 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.paged_attention.plan import AttentionPlan
-from kernels.paged_attention.triton_plan import Tiles, Work, plan
+from kernels.paged_attention.triton_plan import FixedWork, Tiles, Work, fixed_plan, plan
 
-__all__ = ["paged_attention", "plan"]
+__all__ = ["fixed_plan", "paged_attention", "plan"]
 
 MAX_KEY_TILE_BYTES = 16 * 1024  # of one tile of keys, so that a pipeline of key and value tiles fits shared memory
+# The address of a tile comes out of the block table, which takes stages of the pipeline: compiled for sm_90, 3 stages
+# keep one tile of keys and of values in shared memory, 5 keep two.
+STAGES_16_BIT = 5
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -67,6 +70,8 @@ def _attend_kernel(
     item = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.load(item_ptr + item * 4).to(tl.int64)
+    if row < 0:  # room of a fixed plan that is not used
+        return
     first_query = tl.load(item_ptr + item * 4 + 1)
     begin = tl.load(item_ptr + item * 4 + 2)
     end = tl.load(item_ptr + item * 4 + 3)
@@ -219,7 +224,7 @@ def paged_attention(
     layout: Hashable,
 ) -> None:
     """See `kernels.paged_attention.paged_attention`; writes out [T, H, Dv] and lse [T, H]."""
-    work: Work = plan.work
+    work: Work | FixedWork = plan.work
     head_dim, head_dim_v, num_heads = q.shape[2], v_cache.shape[3], q.shape[1]
     per_head_table = block_table.dim() == 3
     num_kv_heads = block_table.shape[1] if per_head_table else k_cache.shape[1]
@@ -255,7 +260,7 @@ def paged_attention(
             IS_SPLIT=tiles.is_split,
             HAS_TREES=depths is not None,
             num_warps=8 if block_m >= 128 else 4,
-            num_stages=3 if k_cache.element_size() == 2 else 2,
+            num_stages=STAGES_16_BIT if k_cache.element_size() == 2 else 2,
         )
         if tiles.is_split:
             merge_kernel[(tiles.tiles.shape[0], num_kv_heads)](

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import backend, native, paged_attention, plan_attention, testing
+from kernels import backend, fixed_decode_plan, native, num_decode_items, paged_attention, plan_attention, testing
 from kernels.paged_attention import cpp_impl, reference
 
 IMPLEMENTATIONS = testing.implementations("paged_attention")
@@ -119,6 +119,8 @@ CASES = {
     "sinks": ({"rows": MIXED}, {"sinks": True}),
     "per head": ({"rows": [(1, 37), (7, 40), (2, 2)], "per_head": True}, {"window": 30}),
     "long": ({"rows": [(1, 1100), (3, 515)], "heads": (2, 1)}, {"sinks": True}),
+    "as many queries as a tree has": ({"rows": [(20, 600), (65, 70)], "heads": (4, 1)}, {"window": 530, "sinks": True}),
+    "more": ({"rows": [(70, 150)], "heads": (4, 1)}, {"sinks": True}),
     "sees nothing": ({"rows": [(3, 1), (2, 0)]}, {"sinks": True}),
 }
 
@@ -227,6 +229,33 @@ def test_one_plan_serves_layers_with_and_without_window(name):
         plan = plan_attention([0, 1, 5], [300, 60], num_kv_heads=2, device=batch.q.device)
         for window in (0, 17):
             assert torch.equal(batch.run(plan=plan, window=window), batch.run(window=window))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("num_items", [4, 9], ids=["no room to spare", "room to spare"])
+def test_a_fixed_plan_filled_again_has_the_bits_of_a_plan_of_its_own(name: str, num_items: int) -> None:
+    with backend.using(name):
+        device = testing.device_of(name)
+        plan = fixed_decode_plan(4, num_items, num_kv_heads=2, device=device)
+        lengths = [[700, 1, 20, 0], [3, 512, 33, 31]] if num_items > 4 else [[40, 1, 20, 0], [3, 512, 33, 31]]
+        for seq_lens in lengths:
+            batch = make_batch([(1, max(1, length)) for length in seq_lens]).to(device)
+            batch = replace(batch, seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device))
+            plan.fill(seq_lens)
+            assert torch.equal(batch.run(plan=plan), batch.run())
+            assert (0 in seq_lens) == bool((batch.run(plan=plan)[3] == 0).all())
+
+
+def test_a_fixed_plan_says_when_rows_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="2 are too few for 3 rows"):
+        fixed_decode_plan(3, 2)
+    plan = fixed_decode_plan(2, 2)
+    with pytest.raises(ValueError, match="3 lengths for a plan of 2 rows"):
+        plan.fill([1, 2, 3])
+    if "triton" in IMPLEMENTATIONS:
+        with backend.using("triton"), pytest.raises(ValueError, match="take 3 items, the plan has room for 2"):
+            fixed_decode_plan(2, 2, device=testing.device_of("triton")).fill([1, 513])
+    assert num_decode_items([1, 512, 513]) == 4
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
