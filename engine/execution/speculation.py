@@ -125,6 +125,8 @@ class Walker:
     def logits(self, walks: Sequence[Walk], hidden: Tensor, firsts: Sequence[int]) -> Tensor:
         """[n, V] of all places where the walks may come to; firsts: index of each walk's root in hidden [T, C]."""
         places = [first + i for walk, first in zip(walks, firsts, strict=True) for i in range(walk.num_logits)]
+        if len(places) == hidden.shape[0]:
+            return self._model.logits(hidden)  # in their order, so these are all
         return self._model.logits(kernels.gather_rows(hidden, torch.tensor(places, device=hidden.device)))
 
     def start(self, chunks: Sequence[Chunk]) -> list[Walk]:
@@ -212,10 +214,32 @@ class Walker:
             logits = logits[torch.tensor(places, device=logits.device)]
         chosen = self._sampler.choose(logits, rows, output_indices, self._constraints.bitmask(rows))
         for walk, first in zip(walks, firsts, strict=True):
+            if not walk.is_stepwise and chosen.logprobs is None:
+                self._go_down(walk, chosen, first)
+                continue
             self._record(walk, chosen, first)
             while not walk.is_over and not walk.is_stepwise:
                 self._record(walk, chosen, first + 1 + walk.node)
         self._commit(walks)
+
+    def _go_down(self, walk: Walk, chosen: SampleOutput, first: int) -> None:
+        """`_record` again and again, where no choice depends on another and only tokens are asked for."""
+        draft, row = walk.chunk.draft, walk.chunk.row
+        output_index = walk.output_index
+        while not walk.is_over:
+            i = first + 1 + walk.node
+            token_id = chosen.token_ids[i]
+            if chosen.errors[i] is not None:
+                walk.fail(str(chosen.errors[i]))
+                break
+            walk.tokens.append(token_id)
+            node = -1 if draft is None else draft.child(walk.node, token_id)
+            if node < 0:
+                walk.is_over = True
+            else:
+                walk.node = node
+                walk.accepted.append(node)
+        self._rows.write(row, self._rows.num_prompt_tokens(row) + output_index, walk.tokens)
 
     def _record(self, walk: Walk, chosen: SampleOutput, i: int) -> None:
         """Choice i of a call is the walk's next token: writes it, and what its constraint forces, into the row."""

@@ -80,7 +80,9 @@ class Drafter(Protocol):
     needs: Taps
 
     def admit(self, key: str, token_ids: Sequence[int], tenant: str) -> None:
-        """A request with this prompt begins to decode. Called once per key, before its first `propose`."""
+        """A request has this prompt. Called once per key, before its first `propose`, for which it may be long under
+        way; where `needs` asks for hidden states, when it begins to decode.
+        """
 
     def fork(self, key: str, child: str) -> None:
         """`child` has the prompt of `key`, which has got no token yet. In place of `admit` for choices 1 to n."""
@@ -94,8 +96,7 @@ class Drafter(Protocol):
         """The request got `new_tokens`, of which those of `accepted` (a path of nodes in `tree`) were guessed.
 
         Called in order for all tokens of every admitted request; those of several steps without a draft may come in one
-        call, before the next `propose` or `drop`. What a request gets last is never told while the load leaves no room
-        for guesses.
+        call, before the next `propose` or `drop`. What a request gets last is not told while the drafter may not guess.
         `tree` is what the model saw, which other drafters may have had a part in; see its sources.
         """
 

@@ -7,7 +7,6 @@ would bring without it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 from engine.speculation.tree import DraftTree
 
 _FEW = 64  # nodes that are looked at one by one faster than with arrays
-_NEGLIGIBLE = 0.01  # of a plain step: a source that takes less is not worth thinking about
 
 Counts = NDArray[np.int64]
 Seconds = NDArray[np.float64]
@@ -155,61 +153,6 @@ def _times_with_prompts(load: Load, cost: Cost, num_nodes: Counts) -> Seconds:
     each = float(cost(np.array([full]))[0]) / full
     times: Seconds = cost(load.num_decodes + num_nodes + prompt_rows) + displaced * each
     return times
-
-
-@dataclass(frozen=True, slots=True)
-class Guessing:
-    """
-    num_nodes  that each request may ask for, 0 where guessing costs more than it gains
-    sources    those whose guesses are worth their time
-    """
-
-    num_nodes: list[int]
-    sources: frozenset[str]
-
-
-def worth_guessing(
-    outlooks: Sequence[Sequence[float]],
-    sources: Sequence[Sequence[str]],
-    guess_cost: Callable[[str, int], float],
-    cost: Cost,
-    *,
-    plain_cost: float,
-    load: Load,
-    max_nodes: int,
-) -> Guessing:
-    """Before anything is guessed: for whom, and by which sources.
-
-    outlooks    per request: expected value of its best node, its second best, and so on, not rising
-    sources     per request: who guesses for it
-    guess_cost  seconds in which a source guesses for so many requests
-
-    The other arguments as of `select`. Sources are left out one after the other, the dearest first, as long as the
-    batch is faster without.
-    """
-    weights = [1.0] * len(outlooks)
-
-    def plan(allowed: frozenset[str]) -> tuple[float, Guessing]:
-        trees = [values if allowed.intersection(own) else () for values, own in zip(outlooks, sources, strict=True)]
-        found = select(
-            trees, weights, cost, plain_cost=plain_cost, load=load, max_nodes=max_nodes, base_gain=load.num_decodes
-        )
-        sizes = [len(nodes) for nodes in found.nodes]
-        users = Counter(name for own, size in zip(sources, sizes, strict=True) if size for name in own)
-        guessing = sum(guess_cost(name, users[name]) for name in allowed if users[name])
-        return found.gain / (found.gain / found.rate + guessing), Guessing(sizes, allowed)
-
-    allowed = frozenset(name for own in sources for name in own)
-    best, found = plan(allowed)
-    if not any(found.num_nodes):
-        return found
-    for name in sorted(allowed, key=lambda name: (-guess_cost(name, len(sources)), name)):
-        if guess_cost(name, len(sources)) < _NEGLIGIBLE * plain_cost:
-            break
-        rate, without = plan(found.sources - {name})
-        if rate >= best:
-            best, found = rate, without
-    return found
 
 
 def prune(tree: DraftTree, nodes: Sequence[int]) -> DraftTree:

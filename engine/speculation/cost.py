@@ -104,12 +104,14 @@ class CostTable:
             self._num_unseen = 0
             self.is_settled = self.is_settled or cell.count >= _NUM_FIRST
 
-    def knows_plain(self, num_rows: int, num_context_tokens: int) -> bool:
-        """Whether plain steps of about so many rows were measured, at the nearest context that there is."""
+    def knows_plain(self, num_rows: int, num_context_tokens: int, *, is_exact: bool = False) -> bool:
+        """Whether plain steps of about so many rows were measured, at the nearest context that there is, or at about
+        this one.
+        """
         tables = self._cells[True]
-        if not tables:
-            return False
         bucket = context_bucket(num_context_tokens)
+        if not tables or (is_exact and bucket not in tables):
+            return False
         cell = tables[min(tables, key=lambda other: (abs(other - bucket), other))].get(bisect_left(ROW_EDGES, num_rows))
         return cell is not None and cell.count >= _NUM_FIRST
 

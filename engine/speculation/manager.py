@@ -9,8 +9,8 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ParamSpec, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
@@ -18,6 +18,7 @@ from engine.errors import ConfigError
 from engine.scheduling.drafts import Progress, max_depth
 from engine.scheduling.plan import StepPlan
 from engine.scheduling.request import Request, Status
+from engine.speculation.allowance import Budget, StepTime
 from engine.speculation.base import NO_TAPS, Drafter, RequestView, TapRows, Taps
 from engine.speculation.tree import EMPTY, DraftTree
 from engine.speculation.tree_merge import merge
@@ -26,114 +27,24 @@ from engine.types import EngineStats
 logger = logging.getLogger(__name__)
 
 MAX_TIMINGS = 4096  # kept between two reports
-REST_TIMED = 4  # while nothing is guessed, one step of so many is timed
+LONGEST_REST_S = 1.0  # after so much work a step is timed in any case: loads change
+NOTHING = Taps()
 
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class BudgetFigures:
-    """What a budget reckons with: see the fields of EngineStats."""
-
-    expected_rate: float = 0.0
-    num_selected: int = 0
-    calibration_error: float = 0.0
-
-
-class Budget(Protocol):
-    """How many nodes the requests of the next step may have."""
-
-    def rests(self, num_rows: int) -> bool:
-        """Whether nothing is to be guessed in this step, told without looking at a request. Asked once per step."""
-
-    def caps(
-        self,
-        views: Sequence[RequestView],
-        wanted: Sequence[int],
-        num_rows: int,
-        drafters: Sequence[Sequence[str]],
-    ) -> list[int]:
-        """Before anything is guessed: most nodes of each request.
-
-        wanted    what the requests ask for at most
-        num_rows  rows of the next step, those that do not speculate included
-        drafters  who would guess for each request
-        """
-
-    def allows(self, drafter: str) -> bool:
-        """Whether the drafter may guess in this step; asked after `caps`, for requests that may have nodes."""
-
-    def select(self, views: Sequence[RequestView], trees: Sequence[DraftTree], num_rows: int) -> list[DraftTree]:
-        """What of the guesses is worth its cost."""
-
-    def observe(self, view: RequestView, tree: DraftTree, accepted: Sequence[int]) -> None:
-        """What became of a tree: the path of its nodes that were accepted."""
-
-    def forget(self, key: str) -> None:
-        """The request is over."""
-
-    def figures(self) -> BudgetFigures:
-        """For reports."""
-
-    def time_guess(self, drafter: str, num_requests: int, seconds: float) -> None:
-        """A drafter has guessed for so many requests in this time."""
-
-    def time_step(self, num_rows: int, num_context_tokens: int, seconds: float, *, is_plain: bool) -> None:
-        """A step of so many tokens over so much context took so long. is_plain: all rows decode, nothing is guessed."""
-
-
-class FixedBudget:
-    """Every request may have what it asks for, as long as the rows are few."""
-
-    def __init__(self, max_rows: int) -> None:
-        self._max_rows = max_rows
-
-    def rests(self, num_rows: int) -> bool:
-        return num_rows > self._max_rows
-
-    def caps(
-        self,
-        views: Sequence[RequestView],
-        wanted: Sequence[int],
-        num_rows: int,
-        drafters: Sequence[Sequence[str]],
-    ) -> list[int]:
-        return list(wanted)
-
-    def allows(self, drafter: str) -> bool:
-        return True
-
-    def select(self, views: Sequence[RequestView], trees: Sequence[DraftTree], num_rows: int) -> list[DraftTree]:
-        return list(trees)
-
-    def observe(self, view: RequestView, tree: DraftTree, accepted: Sequence[int]) -> None:
-        """The rule learns nothing."""
-
-    def forget(self, key: str) -> None:
-        """And keeps nothing."""
-
-    def figures(self) -> BudgetFigures:
-        return BudgetFigures()
-
-    def time_guess(self, drafter: str, num_requests: int, seconds: float) -> None:
-        """Times change nothing."""
-
-    def time_step(self, num_rows: int, num_context_tokens: int, seconds: float, *, is_plain: bool) -> None:
-        """Times change nothing either."""
 
 
 @dataclass(slots=True)
 class _Followed:
     """
     key       under which drafters know a request
-    num_told  tokens of it that they have been told of
     needs     what they want to see of its steps
+    num_told  tokens of it that each has been told of; those that were never asked for it do not know it
     """
 
     key: str
-    num_told: int
     needs: Taps
+    num_told: dict[str, int] = field(default_factory=dict)
 
 
 class Speculation:
@@ -149,8 +60,12 @@ class Speculation:
         self._budget = budget
         self._drafters: dict[str, Drafter] = {}
         self._known: dict[Request, _Followed] = {}
+        self._needing: dict[Request, _Followed] = {}  # those of which steps may have to show something
         self._is_resting = False  # nothing is guessed for the step at hand
-        self._num_timed = 0
+        self._shown = (False, False)  # whether that was so, and the budget spent, when it was last said what to show
+        self._rest_s = 0.0  # of work, until something is looked at again
+        self._charged = 0.0  # seconds between the steps at hand that the budget knows of already
+        self._seconds_passed = 0.0  # since the budget was last told
         self._failed: set[str] = set()
         self._num_proposed: Counter[str] = Counter()  # nodes by drafter, before they were merged and cut
         self._seconds: deque[float] = deque(maxlen=MAX_TIMINGS)
@@ -175,58 +90,108 @@ class Speculation:
             spec_calibration_error=figures.calibration_error,
         )
 
+    def advance(self, plan: StepPlan, seconds: float, progress: Sequence[Progress], running: Sequence[Request]) -> None:
+        """Between two steps: what the last one took and gave, and guesses for the next."""
+        if not self._known and not progress:
+            return
+        self._seconds_passed += seconds
+        if self._seconds_passed < self._rest_s and not progress and running:
+            return
+        started = time.perf_counter()
+        self._charged = 0.0
+        self.time_step(plan, seconds)
+        self.follow(progress)
+        self.guess(running)
+        self._budget.time_thought(time.perf_counter() - started - self._charged)
+        self._rest_s = min(self._budget.rest_s, LONGEST_REST_S) if self._is_resting else 0.0
+
     def follow(self, progress: Sequence[Progress]) -> None:
         """What the last step gave to the requests that speculate."""
         for step in progress:
-            request, tree = step.request, step.draft or EMPTY
-            if request not in self._known:
-                self._admit(request)
-            self._tell(request, len(request.token_ids) - step.num_new_tokens)
-            if tree.tokens:
-                self._budget.observe(self._view(request), tree, step.accepted)
-            self._tell(request, len(request.token_ids), tree, step.accepted, step.taps or NO_TAPS)
+            self._follow(step)
         self.forget()
+
+    def _follow(self, step: Progress) -> None:
+        request, tree = step.request, step.draft or EMPTY
+        if request not in self._known:
+            self._admit(request)
+        if tree.tokens:
+            self._budget.observe(self._view(request), tree, step.accepted)
+        num_told, num_tokens = self._known[request].num_told, len(request.token_ids)
+        num_before = num_tokens - step.num_new_tokens
+        for drafter in self._of(request):
+            # who was not asked lately learns from the text alone, when it is next asked
+            known = num_told.get(drafter.name)
+            if known == num_before or (known is not None and step.taps is not None and drafter.needs != NOTHING):
+                self._tell(drafter, request, num_before)
+                self._tell(drafter, request, num_tokens, tree, step.accepted, step.taps or NO_TAPS)
 
     def _tell(
         self,
+        drafter: Drafter,
         request: Request,
         num_tokens: int,
         tree: DraftTree = EMPTY,
         accepted: Sequence[int] = (),
         taps: TapRows = NO_TAPS,
     ) -> None:
-        """Drafters learn the request's first `num_tokens` tokens, as far as they do not know them.
+        """A drafter learns the request's first `num_tokens` tokens, as far as it does not know them.
 
-        Tokens of steps in which nothing was guessed wait until a guess needs them: while nothing is, they cost nothing.
+        Tokens wait until a guess needs them: while nothing is guessed, they cost nothing.
         """
         followed = self._known[request]
-        if followed.num_told >= num_tokens:
-            return
-        new_tokens = request.token_ids[followed.num_told : num_tokens]
-        followed.num_told = num_tokens
-        for drafter in self._of(request):
+        num_told = followed.num_told.get(drafter.name)
+        if num_told is None:
+            num_told = request.num_prompt_tokens
+            self._call(drafter, drafter.admit, followed.key, request.token_ids[:num_told], request.tenant)
+        if num_told < num_tokens:
+            new_tokens = request.token_ids[num_told:num_tokens]
             self._call(drafter, drafter.on_commit, followed.key, tree, accepted, new_tokens, taps)
+        followed.num_told[drafter.name] = max(num_told, num_tokens)
 
     def forget(self) -> None:
         """Drops what is kept for requests that are over."""
         for request in [request for request in self._known if request.status is Status.FINISHED]:
-            if not self._is_resting:  # else nobody has use for it, and to learn it takes its time
-                self._tell(request, len(request.token_ids))
-            key = self._known.pop(request).key
-            self._budget.forget(key)
+            followed = self._known[request]
+            self._needing.pop(request, None)
             for drafter in self._of(request):
-                self._call(drafter, drafter.drop, key)
+                if drafter.name not in followed.num_told:
+                    continue
+                started = time.perf_counter()
+                num_unread = len(request.token_ids) - followed.num_told[drafter.name]
+                if num_unread == 0 or self._budget.may_learn(drafter.name, num_unread):
+                    self._tell(drafter, request, len(request.token_ids))
+                self._call(drafter, drafter.drop, followed.key)
+                self._charge(drafter, time.perf_counter() - started, 0, num_unread)
+            del self._known[request]
+            self._budget.forget(followed.key)
 
     def time_step(self, plan: StepPlan, seconds: float) -> None:
         """What a step took without the guess for the next one. Costs are of interest while somebody speculates."""
         if not self._known or not plan.chunks:
             return
-        self._num_timed += 1
-        if self._is_resting and self._num_timed % REST_TIMED:
-            return
-        is_plain = all(chunk.is_decode and chunk.draft is None for chunk in plan.chunks)
-        context = sum([chunk.start for chunk in plan.chunks])
-        self._budget.time_step(plan.num_tokens, context, seconds, is_plain=is_plain)
+        num_drafted = num_context = num_decodes = 0
+        is_shown = False
+        for chunk in plan.chunks:
+            num_context += chunk.start
+            num_decodes += chunk.is_decode
+            if chunk.draft is not None:
+                num_drafted += len(chunk.draft)
+            is_shown = is_shown or chunk.taps is not None
+        is_decode = num_decodes == len(plan.chunks)
+        self._budget.time_step(
+            StepTime(
+                num_rows=plan.num_tokens,
+                num_decodes=num_decodes,
+                num_drafted=num_drafted,
+                num_context_tokens=num_context,
+                seconds=seconds,
+                seconds_passed=self._seconds_passed,
+                is_decode=is_decode,
+                is_plain=is_decode and num_drafted == 0 and not is_shown,
+            )
+        )
+        self._seconds_passed = 0.0
 
     def guess(self, running: Sequence[Request]) -> None:
         """Sets the drafts of the requests that will decode in the next step."""
@@ -241,46 +206,64 @@ class Speculation:
             return
         views = [self._view(request) for request in asking]
         wanted = [request.speculating.options.max_nodes if request.speculating else 0 for request in asking]
-        names = [request.speculating.options.drafters if request.speculating else () for request in asking]
-        caps = self._budget.caps(views, wanted, len(running), names)
-        self._rest(not any(caps))
-        if not self._is_resting:
-            found = self._propose(asking, views, caps)
-            for request, tree in zip(asking, self._budget.select(views, found, len(running)), strict=True):
-                assert request.speculating is not None, "only such requests ask"
-                request.speculating.draft = tree
+        caps = self._budget.caps(views, wanted, len(running))
+        before = self._charged
+        found = self._propose(asking, views, caps)
+        self._rest(self._charged == before)
+        for request, tree in zip(asking, self._budget.select(views, found, len(running)), strict=True):
+            assert request.speculating is not None, "only such requests ask"
+            request.speculating.draft = tree
         self._seconds.append(time.perf_counter() - started)
 
     def _rest(self, is_resting: bool) -> None:
         """While nothing is guessed, no step shows its best tokens either: that takes it off the plain path. Hidden
-        states are shown all the same, because who reads them cannot do without any.
+        states are shown until nothing will be guessed for long, because who reads them cannot do without any.
         """
-        if is_resting != self._is_resting:
-            self._is_resting = is_resting
-            for request, followed in self._known.items():
+        self._is_resting = is_resting
+        shown = is_resting, self._budget.rest_s > 0.0
+        if shown != self._shown:
+            self._shown = shown
+            for request, followed in self._needing.items():
                 self._show(request, followed)
 
     def _show(self, request: Request, followed: _Followed) -> None:
         assert request.speculating is not None, "only requests that speculate are followed"
-        if followed.needs == Taps(topk=followed.needs.topk):
-            request.speculating.taps = followed.needs if followed.needs.topk and not self._is_resting else None
-        else:
-            request.speculating.taps = followed.needs
+        is_resting, is_spent = self._shown
+        needs = followed.needs
+        is_hidden_shown = needs.hidden_last and not is_spent
+        shown = Taps(0 if is_resting else needs.topk, is_hidden_shown)
+        request.speculating.taps = None if shown == NOTHING else shown
+
+    def _charge(self, drafter: Drafter, seconds: float, num_requests: int, num_learnt: int) -> None:
+        self._charged += seconds
+        self._budget.time_guess(drafter.name, seconds, num_requests, num_learnt)
 
     def _propose(self, asking: Sequence[Request], views: Sequence[RequestView], caps: Sequence[int]) -> list[DraftTree]:
+        """A tree for each request, many of them empty."""
         found: list[list[DraftTree]] = [[] for _ in asking]
         users: dict[str, list[int]] = {}
-        for i, request in enumerate(asking):
-            if caps[i] > 0:
-                self._tell(request, len(request.token_ids))
-                for drafter in filter(lambda drafter: self._budget.allows(drafter.name), self._of(request)):
-                    users.setdefault(drafter.name, []).append(i)
+        learnt: Counter[str] = Counter()
+        seconds: dict[str, float] = {}
+        for i in self._budget.order(len(asking)):
+            if caps[i] <= 0:
+                continue
+            request = asking[i]
+            for drafter in self._of(request):
+                name, num_tokens = drafter.name, len(request.token_ids)
+                num_unread = num_tokens - self._known[request].num_told.get(name, 0)
+                if self._budget.allows(name, num_unread):
+                    started = time.perf_counter()
+                    self._tell(drafter, request, num_tokens)
+                    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+                    learnt[name] += num_unread
+                    users.setdefault(name, []).append(i)
         for name, places in users.items():
             drafter = self._drafters[name]
             own_views, own_caps = [views[i] for i in places], [caps[i] for i in places]
             started = time.perf_counter()
             trees = self._call(drafter, drafter.propose, own_views, own_caps) or [EMPTY] * len(places)
-            self._budget.time_guess(name, len(places), time.perf_counter() - started)
+            seconds[name] += time.perf_counter() - started
+            self._charge(drafter, seconds[name], len(places), learnt[name])
             for i, tree in zip(places, trees, strict=True):
                 if tree.tokens and self._is_sound(drafter, tree):
                     found[i].append(tree)
@@ -302,23 +285,35 @@ class Speculation:
         return self._drafters.get(name)
 
     def _admit(self, request: Request) -> None:
-        """Siblings that the drafters do not know yet have the same prompt: they are told together."""
+        """Siblings that are not known yet have the same prompt, and are told together to who reads what steps show.
+
+        Other drafters hear of a request when they are first asked for it.
+        """
         assert request.speculating is not None, "only requests that speculate come here"
         key = _key(request)
+        own_drafters = self._of(request)
         needs = Taps()
-        for drafter in self._of(request):
+        for drafter in own_drafters:
             needs = needs.union(drafter.needs)
-            prompt = request.token_ids[: request.num_prompt_tokens]
-            self._call(drafter, drafter.admit, key, prompt, request.tenant)
+            if drafter.needs.hidden_last:
+                prompt = request.token_ids[: request.num_prompt_tokens]
+                self._call(drafter, drafter.admit, key, prompt, request.tenant)
         for own in [request, *request.family.choices.values()]:
             if own in self._known or own.speculating is None:
                 continue
-            self._known[own] = followed = _Followed(_key(own), own.num_prompt_tokens, needs)
+            self._known[own] = followed = _Followed(_key(own), needs)
             own.speculating.is_followed = True
-            self._show(own, followed)
-            if own is not request:
-                for drafter in self._of(own):
-                    self._call(drafter, drafter.fork, key, followed.key)
+            self._budget.begin(followed.key, [drafter.name for drafter in self._of(own)])
+            if needs != NOTHING:
+                self._needing[own] = followed
+                self._show(own, followed)
+            else:
+                own.speculating.taps = None
+            for drafter in own_drafters:
+                if drafter.needs.hidden_last:
+                    followed.num_told[drafter.name] = own.num_prompt_tokens
+                    if own is not request:
+                        self._call(drafter, drafter.fork, key, followed.key)
 
     def _view(self, request: Request) -> RequestView:
         return RequestView(

@@ -14,6 +14,7 @@ from engine.config import SpeculationConfig
 from engine.errors import ConfigError, InvalidParameter
 from engine.speculation.base import Taps
 from engine.speculation.base import drafters as registry
+from engine.speculation.catalogue import HEAD_DRAFTERS, MODEL_DRAFTERS
 from engine.speculation.tree import EMPTY, DraftTree
 from engine.speculation.verifiers import VERIFIERS
 from engine.types import SpeculationUsage
@@ -119,7 +120,7 @@ class SpeculationResolver:
     def _check_names(self, names: Collection[str]) -> None:
         for name in names:
             if name not in self._allowed:
-                what = "is not offered here" if name in self._known else "is unknown"
+                what = "is not offered here" if name in self._known else _lack_of(name)
                 raise _refusal(f"drafter {name[:40]!r} {what}; {self._offer()}")
 
     def _max_nodes(self, given: Any) -> int:
@@ -134,6 +135,15 @@ class SpeculationResolver:
 
     def _offer(self) -> str:
         return f"choose from {', '.join(self.offered)}" if self.offered else "this server offers none"
+
+
+def _lack_of(name: str) -> str:
+    """Why a drafter is not known to this server."""
+    if name in HEAD_DRAFTERS:
+        return "needs a trained head, which this model has none of (kvasir train-drafter, --speculative-eagle-head)"
+    if name in MODEL_DRAFTERS:
+        return "needs a draft model, which this server has none of (--speculative-draft-model)"
+    return "is unknown"
 
 
 def _refusal(message: str) -> InvalidParameter:

@@ -11,8 +11,9 @@ import msgspec
 from engine.core import EngineCore
 from engine.scheduling.invariants import check_invariants
 from engine.scheduling.plan import StepPlan
+from engine.speculation.allowance import FixedBudget
 from engine.speculation.base import RequestView, TapRows, Taps
-from engine.speculation.manager import FixedBudget, Speculation
+from engine.speculation.manager import Speculation
 from engine.speculation.tree import EMPTY, DraftTree
 from engine.types import EngineRequest
 

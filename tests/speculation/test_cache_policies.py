@@ -30,9 +30,9 @@ from engine.models.batch import Model
 from engine.scheduling import drafts
 from engine.scheduling.compression import ResolvedPolicy
 from engine.scheduling.plan import Chunk, Compaction
+from engine.speculation.allowance import FixedBudget
 from engine.speculation.base import RequestView
 from engine.speculation.catalogue import HEAD_DRAFTERS, drafters
-from engine.speculation.manager import FixedBudget
 from engine.speculation.tree import DraftTree
 from engine.types import EngineRequest, TokenOutput
 from tests.compression.test_in_engine import CHOICES, RAZOR, poisoned, preempting

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from engine.errors import ConfigError
+from engine.speculation.allowance import FixedBudget
 from engine.speculation.base import NO_TAPS, RequestView, TapRows, Taps, drafters
 from engine.speculation.draft_cache import DraftCache
 from engine.speculation.eagle import MAX_PENDING, Candidates, Eagle
-from engine.speculation.manager import FixedBudget, Speculation
+from engine.speculation.manager import Speculation
 from engine.speculation.tree import EMPTY
 from tests.speculation.heads import NotingRunner
 

@@ -288,7 +288,7 @@ class Listener(Scripted):
 
 
 def test_drafters_that_rest_cost_nothing(model: Model, expected: Answers) -> None:
-    """Where the load leaves no room for guesses, drafters hear of a request when it begins and no more."""
+    """Where the load leaves no room for guesses, drafters do not even hear of a request."""
     drafter = Listener(Taps(topk=3))
     core = equip(core_for(model), drafter, max_rows=0)
     asked = [one for one in traffic() if one.num_choices == 1][:5]
@@ -302,8 +302,8 @@ def test_drafters_that_rest_cost_nothing(model: Model, expected: Answers) -> Non
     core.runner.execute = counted  # type: ignore[method-assign]
     answers = run(core, speculating(asked))
     assert_same(answers, {key: answer for key, answer in expected.items() if key in answers})
-    assert drafter.num_told == len(asked)
-    assert sorted(drafter.outputs) == sorted(answer.token_ids[:1] for answer in answers.values())
+    assert drafter.num_told == 0
+    assert drafter.outputs == []
     assert max(tapped.values(), default=0) <= 1, "no step is taken off the plain path for who does not guess"
     assert_nothing_is_left(core, drafter)
 

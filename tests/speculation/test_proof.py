@@ -13,8 +13,8 @@ from engine.execution.eagle.files import write
 from engine.mimir import model_path
 from engine.models import load_model
 from engine.models.batch import Model
+from engine.speculation.allowance import FixedBudget
 from engine.speculation.catalogue import drafters
-from engine.speculation.manager import FixedBudget
 from engine.text.tokenizer import Tokenizer
 from engine.types import EngineRequest
 from tests.e2e.driving import Answer, core_for, request, run, tokens
