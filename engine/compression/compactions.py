@@ -5,42 +5,50 @@ Knows rows, tables and tensors. Shape letters: L layers, H_kv kv heads, n slots 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn, cast
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
 import kernels
 from engine.compression import registry
-from engine.compression.apply import SlotMap, move, part_of
+from engine.compression.apply import SlotMap, flat, move, part_of
 from engine.compression.base import CompactionView, Keep
+from engine.compression.classes import ClassRows
 from engine.compression.composed import Composed, choose_blocks, format_of
 from engine.compression.formats import PackedPolicy
 from engine.compression.packed import PackedRows
 from engine.compression.razor_attention import Compensation
 from engine.compression.registry import Hook
-from engine.compression.scoring import ScoringPolicy
+from engine.compression.scoring import ScoringPolicy, indices
 from engine.compression.selecting import BoundedRows
+from engine.compression.side import SideRows
 from engine.compression.split import SplitRows
 from engine.compression.state import RowState
+from engine.compression.writing import codecs_of
 from engine.execution.rows import RowTable
 from engine.models.batch import KVCache
-from engine.scheduling.compression import Realisation
+from engine.scheduling.compression import CachePlan, Realisation
 from engine.scheduling.plan import Chunk, Compaction
 
 
 class Compactions:
     def __init__(
-        self, cache: KVCache, rows: RowTable, split: SplitRows, packed: PackedRows, bounded: BoundedRows
-    ) -> None:
+        self, cache: KVCache, rows: RowTable, split: SplitRows, packed: PackedRows, bounded: BoundedRows,
+        classes: ClassRows, side: SideRows,
+    ) -> None:  # fmt: skip
         self._cache = cache
         self._rows = rows
         self._split = split
         self._packed = packed
         self._bounded = bounded
+        self._classes = classes
+        self._side = side
         self._num_layers = cache.k.shape[1]
         self._device = cache.k.device
 
@@ -64,19 +72,27 @@ class Compactions:
         source = SlotMap(self._cache, tables)
         num_kept = compaction.kept if packing is None else (end - state.plan.num_evicted,)
         view = self._view(state, source, end, self._per_head(num_slots), self._per_head(num_kept))
-        if state.plan.realisation is Realisation.BLOCKS:
+        if row in self._bounded:
             view = replace(view, scores=self._bounded.stamps(row, view.positions.shape[2]))
         keep = state.policy.keep(view)
+        if row in self._side:
+            self._side.keep(row, keep.index)
+        if state.plan.is_adaptive:
+            compaction = _settled(compaction, keep, self._cache.k.shape[3])
         if state.plan.realisation is Realisation.BLOCKS:
             return self._keep_blocks(row, state, view, keep)
         if packing is None and Hook.COMPENSATION in registry.needs(state.policy):
             self._compensate(state, view, keep)
-        facts = {} if keep.merge_to is None else {"num_merged": _num_merged(keep.merge_to)}
+        facts: dict[str, Any] = {} if keep.merge_to is None else {"num_merged": _num_merged(keep.merge_to)}
         if packing is not None:
             state.scores = None  # it has chosen for good
             self._pack_survivors(row, source, compaction, keep, packing, state.plan.places)
             self._rows.compact(row, compaction.tables[0], end - compaction.kept[0])
             return facts
+        if state.plan.is_adaptive:
+            facts["kept"] = compaction.kept
+        if state.plan.classes:
+            self._pack_classes(row, source, state, keep, view.num_packed, compaction.packed)
         move(self._cache, source, SlotMap(self._cache, compaction.tables), keep)
         state.positions = view.positions.gather(2, keep.index.clamp_min(0)).masked_fill(keep.index < 0, -1)
         state.num_positioned = end
@@ -114,6 +130,21 @@ class Compactions:
             self._packed.seal(row, policy.format, places, table[: (last - first) // size], new_blocks)
         move(self._cache, source, through, part_of(keep, num_packed, num_survivors))
 
+    def _pack_classes(
+        self, row: int, source: SlotMap, state: RowState, keep: Keep, counts: Sequence[int], block_ids: Sequence[int]
+    ) -> None:
+        """What the policy has put into classes, of each kv head its own tokens, goes into their packed blocks."""
+        if keep.cls is None:
+            raise ValueError("the plan has classes, and keep returned no cls")
+        tokens = []
+        for number, count in enumerate(counts, start=1):
+            chosen = keep.cls == number
+            if not bool((chosen.sum(-1) == count).all()):
+                raise ValueError(f"class {number} takes {count} tokens of every layer and kv head")
+            addresses = source.addresses(indices(chosen, count))
+            tokens.append((flat(self._cache.k)[addresses], flat(self._cache.v)[addresses]))
+        self._classes.pack(row, state.plan.classes, codecs_of(state.policy), tokens, block_ids)
+
     def _drop_packed(self, row: int, num_kept: int, state: RowState, end: int) -> dict[str, Any]:
         """Whole packed blocks leave; nothing is moved."""
         assert isinstance(state.policy, Composed), "a rung that evicts from what a format has packed"
@@ -142,7 +173,8 @@ class Compactions:
         places = (keep.index[0, 0, ::block_size] // block_size).tolist()
         block_ids = self._rows.block_ids(row)[places].tolist()
         self._rows.compact(row, block_ids, view.num_tokens - keep.index.shape[2])
-        self._bounded.keep_blocks(row, places)
+        if row in self._bounded:
+            self._bounded.keep_blocks(row, places)
         state.positions = view.positions.gather(2, keep.index)
         state.num_positioned = view.num_tokens
         return {"kept_blocks": tuple(places)}
@@ -189,6 +221,8 @@ class Compactions:
             seed=state.seed,
             keys=lambda layer: source.layer(self._cache.k, layer, num_slots),
             values=lambda layer: source.layer(self._cache.v, layer, num_slots),
+            num_packed=_num_to_pack(state.plan, end),
+            side=None if state.side is None else partial(_side_of, state.side, num_slots),
         )
 
     def _positions(self, state: RowState, end: int, present: Tensor, num_slots: int) -> Tensor:
@@ -206,6 +240,29 @@ class Compactions:
 def _num_merged(merge_to: Tensor) -> int:
     """Tokens merged into others, on average over layers and kv heads. merge_to [L, H_kv, n]"""
     return round(float((merge_to >= 0).sum()) / merge_to[..., 0].numel())
+
+
+def _num_to_pack(plan: CachePlan, end: int) -> tuple[int, ...]:
+    """Of each class, the slots that join it at this point."""
+    return tuple([each.first if end == plan.first_point else each.later for each in plan.classes])
+
+
+def _side_of(read: Callable[[int, int], Tensor], num_slots: int, layer: int) -> Tensor:
+    return read(layer, num_slots)
+
+
+def _settled(compaction: Compaction, keep: Keep, block_size: int) -> Compaction:
+    """With as many slots as the policy really keeps; the plan says at most."""
+    counts = (keep.index >= 0).sum(-1)  # [L, H_kv]
+    num_groups = len(compaction.kept)
+    by_group = counts.reshape(num_groups, -1)
+    if bool((by_group != by_group[:, :1]).any()) or int(by_group.min()) < 1:
+        raise ValueError("keep must leave as many slots, at least one, to all heads that share a table")
+    kept = tuple(by_group[:, 0].tolist())
+    if any(count > bound for count, bound in zip(kept, compaction.kept, strict=True)):
+        raise ValueError(f"keep left {kept} slots, the plan says at most {compaction.kept}")
+    tables = [table[: -(-count // block_size)] for table, count in zip(compaction.tables, kept, strict=True)]
+    return msgspec.structs.replace(compaction, kept=kept, tables=tuple(tables))
 
 
 def _nothing(layer: int) -> NoReturn:

@@ -16,8 +16,10 @@ from torch import Tensor
 from engine.compression import registry
 from engine.compression.base import CacheShape, CompactionView, Evidence, Keep, NoisyPolicy, Policy
 from engine.compression.formats import PackedPolicy
+from engine.compression.hooks import hooks_of
 from engine.compression.options import MOST_TOKENS
 from engine.compression.scoring import ScoringPolicy, protect, top_k
+from engine.compression.writing import side_of
 from engine.errors import InvalidParameter
 from engine.scheduling.compression import CachePlan, Realisation
 
@@ -74,6 +76,11 @@ def compose(policy: Policy, choice: Any, shape: CacheShape) -> Composed:
             f"kv_policy {name!r} cannot be combined with a format: {reason}", param="kv_policy.format"
         )
     packing = registry.create(format_name, options, param="kv_policy.format")
+    if packing.shared:  # type: ignore[attr-defined]
+        raise InvalidParameter(
+            "kv_policy.format has shared, but what survives eviction depends on more than the tokens; leave it out",
+            param="kv_policy.format.shared",
+        )
     return Composed(policy, cast(PackedPolicy, packing))
 
 
@@ -89,7 +96,13 @@ def refusal(policy: Policy, shape: CacheShape) -> str:
     """
     if isinstance(policy, PackedPolicy):
         return "it is one itself"
+    if hooks_of(policy):
+        return "it acts while layers attend, and packed tokens are attended to as they are"
     plan = policy.plan(2 * MOST_TOKENS, shape)
+    if side_of(policy) is not None:
+        return "it notes something of each slot, and a packed block has other ones"
+    if plan.classes or plan.is_adaptive:
+        return "it packs in its own way" if plan.classes else "how much it keeps is known only when it does"
     if plan.realisation in (Realisation.LAYERS, Realisation.HEADS):
         return "its layers or heads keep different numbers of tokens, and a packed block holds all of them"
     if plan.realisation is Realisation.DENSE:

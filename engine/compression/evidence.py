@@ -45,7 +45,7 @@ def count(state: RowState, chunk: Chunk, staged: Sequence[Tensor], place: int, n
     """
     state.scores = torch.stack([scores[:, place, :, :num_slots] for scores in staged], dim=1)
     state.num_scored = chunk.start + chunk.num_tokens
-    next_point = state.plan.next_choice(chunk.start)
+    next_point = state.next_choice(chunk.start)
     assert next_point is not None
     state.scored_for = next_point
 
@@ -56,7 +56,7 @@ def _positions(chunk: Chunk) -> Tensor:
 
 def _weights(state: RowState, chunk: Chunk, evidence: Evidence) -> Tensor:
     """[C, T] float32. Queries that were counted before (their token is run again) count nothing."""
-    next_point = state.plan.next_choice(chunk.start)
+    next_point = state.next_choice(chunk.start)
     assert next_point is not None
     positions = _positions(chunk)
     weights = state.policy.query_weights(positions, state.num_prompt_tokens, next_point)
@@ -71,7 +71,7 @@ def _before(state: RowState, chunk: Chunk, evidence: Evidence) -> Tensor | None:
 
     So a sum does not depend on the chunks that its queries came in, nor on how many of them a draft had right.
     """
-    next_point = state.plan.next_choice(chunk.start)
+    next_point = state.next_choice(chunk.start)
     assert next_point is not None
     if state.scores is None or evidence.decay == 1.0 or next_point == state.scored_for:
         return state.scores

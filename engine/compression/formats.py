@@ -6,11 +6,13 @@ arXiv:2404.00456); on Mimir's needles that takes back what 4 bits lose. `rotate:
 Decided: blocks are packed whole, all but the newest full one at the prompt's end and then one per block of tokens; so
 between one and three blocks of the newest tokens stay as they are. Keys per channel over one block; values are packed
 with their keys, where KIVI moves them token by token.
+With `shared`, also the prompt is packed as it is read, one whole packed block at a time, and what follows reads it so.
+Then a packed block follows from the tokens up to its end alone, and other requests start with it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -27,6 +29,8 @@ from kernels.packed_blocks import PackedFormat, packed_places
 @dataclass(frozen=True, kw_only=True)
 class PackedPolicy(Options):
     """Base of the formats. At a point, what is older than the kept slots is packed and not dropped."""
+
+    shared: bool = option(False, bool, "prompts are packed as they are read, and packed blocks shared with others")
 
     @property
     def format(self) -> PackedFormat:
@@ -55,9 +59,13 @@ class PackedPolicy(Options):
         size = shape.block_size
         first_point = max(num_prompt_tokens, 2 * size)
         kept = size + first_point % size
-        return CachePlan(
+        plan = CachePlan(
             self.name, Realisation.PACKED, first_point, size, (kept,), places=self.places(shape), format=self.format
         )
+        if not self.shared:
+            return plan
+        period = plan.places * size
+        return replace(plan, first_point=period, period=period, kept=(0,), is_sealed=True)
 
     def query_weights(self, positions: Tensor, num_prompt_tokens: int, next_point: int) -> Tensor:
         return torch.zeros(1, len(positions), device=positions.device)

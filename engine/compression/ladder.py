@@ -14,6 +14,7 @@ from engine.compression.composed import Composed, format_of
 from engine.compression.formats import PackedPolicy
 from engine.compression.resolver import Policies
 from engine.compression.scoring import ScoringPolicy
+from engine.compression.writing import side_of
 from engine.errors import ConfigError, InvalidParameter
 from engine.scheduling.compression import Realisation, ResolvedPolicy
 from engine.scheduling.pressure import Rung
@@ -53,8 +54,12 @@ def _problem(policy: Policy, before: list[Policy], policies: Policies) -> str:
     plan = policy.plan(LONG, policies.shape)
     if isinstance(policy, Composed):
         return "comes with a format; make the format a rung before it"
+    if isinstance(policy, PackedPolicy) and policy.shared:
+        return "has shared, which packs prompts as they are read; a rung packs what is there"
     if isinstance(policy, PackedPolicy):
         return "packs what another rung has left; the format comes first, and there is one" if before else ""
+    if side_of(policy) is not None or plan.is_adaptive:
+        return "sees each token as it is written, or finds out how many stay; a rung does neither"
     if plan.num_queries > 1 or plan.realisation is not Realisation.SLOTS:
         return "needs more than the newest query to choose; use int8, fp8, kivi, tova, streaming_llm or random"
     if any(not isinstance(other, PackedPolicy) for other in before):

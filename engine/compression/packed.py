@@ -48,6 +48,15 @@ class PackedRows:
     def num_blocks(self, row: int) -> int:
         return len(self._packed[row].block_ids)
 
+    def start(self, row: int, format: str, places: int, block_ids: Sequence[int]) -> None:
+        """The row begins with full packed blocks that somebody else has made."""
+        numbers = list(range(len(block_ids)))
+        self._packed[row] = _Row(format, places, list(block_ids), len(block_ids) * places, numbers)
+
+    def edit(self, row: int, index: int, block_id: int) -> None:
+        """Reads another packed block with the same content there."""
+        self._packed[row].block_ids[index] = block_id
+
     def remove(self, row: int) -> None:
         self._packed.pop(row, None)
 

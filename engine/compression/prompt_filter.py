@@ -13,7 +13,8 @@ from torch import Tensor
 
 from engine.compression.apply import SlotMap
 from engine.compression.attend import RowRange, TableSegment
-from engine.compression.gemfilter import GemFilter, filter_logits
+from engine.compression.gemfilter import filter_logits
+from engine.compression.writing import FilteringPolicy
 from engine.execution.rows import RowTable
 from engine.models.batch import ForwardBatch, KVCache, Model
 from engine.scheduling.plan import Chunk, ChunkResult, NewRow
@@ -25,12 +26,12 @@ class PromptFilters:
     def __init__(self, cache: KVCache, rows: RowTable) -> None:
         self._cache = cache
         self._rows = rows
-        self._policies: dict[int, GemFilter] = {}
+        self._policies: dict[int, FilteringPolicy] = {}
 
     def add(self, new: NewRow) -> None:
         self._policies.pop(new.row, None)
         if new.policy is not None and new.policy.plan.num_filtered is not None:
-            self._policies[new.row] = cast(GemFilter, new.policy.policy)
+            self._policies[new.row] = cast(FilteringPolicy, new.policy.policy)
 
     def remove(self, row: int) -> None:
         self._policies.pop(row, None)

@@ -25,7 +25,9 @@ class Hook(StrEnum):
     MERGE = "merge"  # Keep.merge_to
     STAMPS = "stamps"  # per block: the last query that used it, from bounds of the block's keys
     COMPENSATION = "compensation"  # one virtual key per kv head that stands for what was dropped
-    SELECTION = "selection"  # a list of blocks to read, per step and kv head
+    SELECTION = "selection"  # a list of blocks or tokens to read, per token, layer and kv head: policy.select
+    REWRITE = "rewrite"  # attention in parts, virtual keys among them: policy.rewrite
+    HIDDEN = "hidden"  # a look at hidden states between layers: policy.on_hidden
     PROMPT_FILTER = "prompt_filter"  # a first pass over some layers that shortens the prompt
     FORMAT = "format"  # older tokens in packed blocks of another format
     FUTURE = "future"  # queries that come later: for measurements, never in serving

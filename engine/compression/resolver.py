@@ -13,7 +13,11 @@ from engine.compression.artefacts import FILE_NAME, Artefacts
 from engine.compression.base import CacheShape, Policy
 from engine.compression.composed import Composed, compose
 from engine.compression.first_turn import FirstTurn
+from engine.compression.hooks import refusal as hooks_refusal
+from engine.compression.hooks import with_hooks
 from engine.compression.registry import Hook
+from engine.compression.writing import refusal as writing_refusal
+from engine.compression.writing import with_writing
 from engine.config import CacheConfig
 from engine.errors import ConfigError, InvalidParameter
 from engine.models.batch import KVSpec
@@ -22,7 +26,17 @@ from engine.scheduling.compression import CachePlan, Realisation, ResolvedPolicy
 FULL = "full"  # the name under which the whole cache can be asked for
 # What this engine offers to policies.
 HOOKS = frozenset(
-    {Hook.MERGE, Hook.TEMPERATURES, Hook.COMPENSATION, Hook.FORMAT, Hook.PROMPT_FILTER, Hook.SELECTION, Hook.STAMPS}
+    {
+        Hook.MERGE,
+        Hook.TEMPERATURES,
+        Hook.COMPENSATION,
+        Hook.FORMAT,
+        Hook.PROMPT_FILTER,
+        Hook.SELECTION,
+        Hook.REWRITE,
+        Hook.HIDDEN,
+        Hook.STAMPS,
+    }
 )
 
 
@@ -36,10 +50,12 @@ class Policies:
         dtype: torch.dtype,
         artefacts: Artefacts | None = None,
         has_yardsticks: bool = False,
+        shows_hidden: bool = True,
     ) -> None:
         """
         artefacts       what was measured of this model for policies that need it
         has_yardsticks  requests may name policies that are for measurements only
+        shows_hidden    the model does, see `engine.models.batch.Model`
         """
         self.shape = CacheShape(
             num_layers=spec.num_layers,
@@ -54,6 +70,7 @@ class Policies:
             artefacts.check(self.shape, config.kv_artefacts or FILE_NAME)
         self._has_yardsticks = has_yardsticks
         self._has_windows = any(spec.windows)
+        self._shows_hidden = shows_hidden
         self._bits = 8 * dtype.itemsize
         self._allowed = _allowed(config.kv_policies)
         self._default = _parse(config.kv_policy)
@@ -75,14 +92,21 @@ class Policies:
             self._check_allowed(_name_of(options.get("format")))
         try:
             policy = self._create(name, options)
-            plan = policy.plan(num_prompt_tokens, self.shape)
+            plan = with_hooks(policy, policy.plan(num_prompt_tokens, self.shape))
+            plan = with_writing(policy, plan, num_prompt_tokens, self.shape)
         except ConfigError as error:
             raise InvalidParameter(f"kv_policy: {error}", param="kv_policy") from error
         self._check(name, policy, plan)
+        model = {"has_windows": self._has_windows, "shows_hidden": self._shows_hidden}
+        if reason := writing_refusal(policy, plan, num_prompt_tokens, **model):
+            raise InvalidParameter(f"kv_policy {name!r} {reason}; use {FULL}", param="kv_policy")
         return self.resolved(plan, policy.at_work if isinstance(policy, FirstTurn) else policy)
 
     def resolved(self, plan: CachePlan, policy: Policy) -> ResolvedPolicy:
-        return ResolvedPolicy(plan, self._bits / max(1, plan.places), policy)
+        bits = self._bits / max(1, plan.places)
+        if num_packed := sum(each.first for each in plan.classes):
+            bits = self._bits * sum(each.first / each.places for each in plan.classes) / num_packed
+        return ResolvedPolicy(plan, bits, policy)
 
     def create(self, choice: Mapping[str, Any]) -> Policy:
         """A policy that the operator chose. Raises InvalidParameter or ConfigError for what cannot be honoured."""
@@ -119,6 +143,9 @@ class Policies:
                 f"kv_policy {name!r} needs {', '.join(sorted(lacking))}, which this server does not have yet",
                 param="kv_policy",
             )
+        model = {"has_windows": self._has_windows, "shows_hidden": self._shows_hidden}
+        if reason := hooks_refusal(policy, plan, **model):
+            raise InvalidParameter(f"kv_policy {name!r} {reason}; use {FULL}", param="kv_policy")
         if self._has_windows and plan.realisation is Realisation.PACKED:
             raise InvalidParameter(
                 f"kv_policy {name!r} packs older tokens, which the sliding windows of this model's layers cannot leave "

@@ -17,18 +17,22 @@ import torch
 
 from engine.compression.attend import MixedAttention, RowRange, Scored, Segment, TableSegment, VirtualKeys
 from engine.compression.base import Evidence, Policy
+from engine.compression.classes import ClassRows, ClassSegment
 from engine.compression.compactions import Compactions
 from engine.compression.drafted import DraftedQueries, watched
 from engine.compression.evidence import ask, count
+from engine.compression.hooked import HookedRows, HookedSegment, Watcher
+from engine.compression.hooks import hooks_of
 from engine.compression.packed import PackedRows
 from engine.compression.quest import Quest
 from engine.compression.raas import RaaS
 from engine.compression.selecting import BoundedRows, BoundedSegment
+from engine.compression.side import SideRows
 from engine.compression.split import SplitRows
 from engine.compression.state import RowState
 from engine.errors import EngineError
 from engine.execution.rows import RowTable
-from engine.models.batch import AttentionHook, ForwardBatch, KVCache
+from engine.models.batch import AttentionHook, ForwardBatch, HiddenHook, KVCache, WriteHook
 from engine.scheduling.plan import Chunk, ChunkResult, NewRow
 
 logger = logging.getLogger(__name__)
@@ -42,14 +46,16 @@ class Kind(IntEnum):
     SPLIT = 2  # with tables per layer or kv head
     PACKED = 3  # older tokens are in packed blocks
     BOUNDED = 4  # with a look at the bounds of blocks
+    HOOKED = 5  # as the policy says, layer by layer
+    CLASSED = 6  # tokens are packed in several ways, and evidence of the others may be summed up
 
 
 class _Way(NamedTuple):
     """Rows of one way are neighbours in a batch."""
 
     kind: Kind
-    evidence: Evidence = Evidence()  # of SCORED
-    format: str = ""  # of PACKED
+    evidence: Evidence | None = Evidence()  # of SCORED, and of CLASSED, where it may be none
+    format: str = ""  # of PACKED and CLASSED
     number: int = 0  # tables of SPLIT, dense layers of BOUNDED
     has_draft: bool = False  # of SCORED: what counts is known after the step
 
@@ -66,8 +72,15 @@ class PolicyRows:
         self._split = SplitRows(cache)
         self._packed = PackedRows(cache)
         self._bounded = BoundedRows(cache)
-        self._compactions = Compactions(cache, rows, self._split, self._packed, self._bounded)
+        self._hooked = HookedRows(cache)
+        self._classes = ClassRows(cache)
+        self._side = SideRows(cache, rows)
+        tables = self._split, self._packed, self._bounded, self._classes, self._side
+        self._compactions = Compactions(cache, rows, *tables)
         self._selecting: list[tuple[BoundedSegment, list[Chunk]]] = []  # of the step that runs
+        self._noting: list[tuple[HookedSegment, list[Chunk]]] = []  # likewise
+        self._classed: list[tuple[ClassSegment, list[int]]] = []  # likewise, with indices of their chunks
+        self._tap: WriteHook | None = None  # likewise
         self._scoring: TableSegment | None = None  # likewise
         self._asked: list[list[int]] = []  # whom it scores: indices of chunks
         self._drafted: list[DraftedQueries] = []  # whom it scores once drafts are judged
@@ -77,11 +90,22 @@ class PolicyRows:
         if new.policy is None:
             return
         policy = cast(Policy, new.policy.policy)
-        if new.policy.plan.first_point is None and not isinstance(policy, Quest | RaaS):
+        hooks = hooks_of(policy)
+        notes = new.policy.plan.side_tokens > 0
+        if new.policy.plan.first_point is None and not isinstance(policy, Quest | RaaS) and not hooks and not notes:
             return  # its cache stays as it is
-        self._states[new.row] = RowState(policy, new.policy.plan, new.num_prompt_tokens, new.sampling.seed)
+        plan = new.policy.plan
+        self._states[new.row] = RowState(policy, plan, new.num_prompt_tokens, new.sampling.seed)
+        if new.packed:
+            self._packed.start(new.row, plan.format, plan.places, new.packed)
+            self._rows.compact(new.row, (), new.num_computed)
         if isinstance(policy, Quest | RaaS):
             self._bounded.add(new.row, policy, new.num_prompt_tokens)
+        if notes:
+            self._side.add(new, policy)
+            self._states[new.row].side = self._side.reader(new.row)
+        if hooks:
+            self._hooked.add(new.row, self._states[new.row])
 
     def adopt(self, chunk: Chunk, num_prompt_tokens: int, seed: int) -> None:
         """The row has another policy than it came with. Doing it twice is harmless."""
@@ -94,11 +118,21 @@ class PolicyRows:
             return
         self._states[chunk.row] = RowState(policy, chunk.policy.plan, num_prompt_tokens, seed)
 
+    def take_blocks(self, chunk: Chunk) -> None:
+        """What has changed in the row's blocks beside its table. Doing it twice is harmless."""
+        for index, block_id in chunk.packed_edits:
+            self._packed.edit(chunk.row, index, block_id)
+        if chunk.new_side:
+            self._side.take(chunk)
+
     def remove(self, row: int) -> None:
         self._states.pop(row, None)
         self._split.remove(row)
         self._packed.remove(row)
         self._bounded.remove(row)
+        self._hooked.remove(row)
+        self._classes.remove(row)
+        self._side.remove(row)
 
     def has_own_tables(self, row: int) -> bool:
         """Whether the row's layers or heads have tables of their own, in which drafts are settled here."""
@@ -117,7 +151,8 @@ class PolicyRows:
 
     def begin(self, chunks: Sequence[Chunk], batch: ForwardBatch) -> AttentionHook | None:
         """Who attends in this step, where not all rows do as usual; the chunks are in the order of `order`."""
-        self._scoring, self._asked, self._drafted, self._selecting = None, [], [], []
+        self._scoring, self._asked, self._drafted, self._selecting, self._noting = None, [], [], [], []
+        self._classed, self._tap = [], None
         if not self._states:
             return None
         ways = [self._way(chunk) for chunk in chunks]
@@ -128,9 +163,11 @@ class PolicyRows:
             way, end = ways[first], first + ways.count(ways[first])
             members = chunks[first:end]
             if way.has_draft:
+                assert way.evidence is not None
                 drafted = watched(way.evidence, members, self._states, RowRange.of(batch, first, len(members)), batch)
                 self._drafted += [] if drafted is None else [drafted]
             elif way.kind is Kind.SCORED:
+                assert way.evidence is not None
                 found = ask(way.evidence, members, self._states, RowRange.of(batch, first, len(members)))
                 if found is not None:
                     scored.append(found)
@@ -140,13 +177,25 @@ class PolicyRows:
             if way.kind <= Kind.PLAIN:
                 num_tables = end
             first = end
-        if not segments and not scored and not self._drafted:
+        self._tap = self._side.hook(chunks, batch)
+        if not segments and not scored and not self._drafted and self._tap is None:
             return None
         if num_tables:
             rows = RowRange.of(batch, 0, num_tables)
             self._scoring = TableSegment(batch, self._cache, rows, scored, self._drafted)
             segments.insert(0, self._scoring)
         return MixedAttention(segments)
+
+    @property
+    def watcher(self) -> HiddenHook | None:
+        """Who looks at hidden states in the step that `begin` began."""
+        watching = [segment for segment, _ in self._noting if segment.sees_hidden]
+        return Watcher(watching) if watching else None
+
+    @property
+    def tap(self) -> WriteHook | None:
+        """Who looks at keys and values as they are made, in the step that `begin` began."""
+        return self._tap
 
     def commit(self, chunks: Sequence[Chunk], results: list[ChunkResult]) -> None:
         """The step has succeeded: its evidence counts, and caches shrink. A policy that fails ends its own request."""
@@ -158,6 +207,12 @@ class PolicyRows:
                         num_slots = end - self._rows.num_dropped(chunks[i].row)
                         count(self._states[chunks[i].row], chunks[i], staged, place, num_slots)
         self._scoring = None
+        for classed, members in self._classed:
+            for place, i in enumerate(members):
+                if classed.staged and results[i].error is None:
+                    num_slots = chunks[i].start + chunks[i].num_tokens - self._rows.num_dropped(chunks[i].row)
+                    count(self._states[chunks[i].row], chunks[i], classed.staged, place, num_slots)
+        self._classed = []
         places = {chunk.row: i for i, chunk in enumerate(chunks)}
         for drafted in self._drafted:
             self._count_drafted(drafted, places, results)
@@ -166,6 +221,9 @@ class PolicyRows:
             accepted = [results[places[chunk.row]].accepted for chunk in members_chunks]
             self._bounded.commit(members_chunks, segment, accepted)
         self._selecting = []
+        for hooked, members_chunks in self._noting:
+            self._hooked.commit(members_chunks, hooked, [results[places[chunk.row]] for chunk in members_chunks])
+        self._noting = []
         for i, chunk in enumerate(chunks):
             if chunk.row in self._split:
                 num_nodes = 0 if chunk.draft is None else len(chunk.draft)
@@ -190,10 +248,15 @@ class PolicyRows:
             return _Way(Kind.PLAIN)
         if row in self._packed:
             return _Way(Kind.PACKED, format=self._packed.format(row))
+        if row in self._classes:
+            evidence = None if state.next_choice(chunk.start) is None else state.policy.evidence
+            return _Way(Kind.CLASSED, evidence=evidence, format=self._classes.formats(row))
         if row in self._split:
             return _Way(Kind.SPLIT, number=self._split.num_groups(row))
-        if state.policy.evidence is not None and state.plan.next_choice(chunk.start) is not None:
+        if state.policy.evidence is not None and state.next_choice(chunk.start) is not None:
             return _Way(Kind.SCORED, evidence=state.policy.evidence, has_draft=chunk.draft is not None)
+        if self._hooked.takes(chunk):
+            return _Way(Kind.HOOKED)
         num_dense = self._bounded.way(chunk, chunk.start + chunk.num_tokens - self._rows.num_dropped(row))
         return _Way(Kind.PLAIN) if num_dense is None else _Way(Kind.BOUNDED, number=num_dense)
 
@@ -205,6 +268,16 @@ class PolicyRows:
             bounded = self._bounded.segment(chunks, batch, first, way.number)
             self._selecting.append((bounded, list(chunks)))
             return bounded
+        if way.kind is Kind.CLASSED:
+            rows = RowRange.of(batch, first, len(chunks))
+            asked = None if way.evidence is None else ask(way.evidence, chunks, self._states, rows)
+            classed = self._classes.segment(chunks, batch, first, asked)
+            self._classed.append((classed, list(range(first, first + len(chunks)))))
+            return classed
+        if way.kind is Kind.HOOKED:
+            hooked = self._hooked.segment(chunks, batch, first)
+            self._noting.append((hooked, list(chunks)))
+            return hooked
         for chunk in chunks:
             self._split.append(chunk)
         segment = self._split.segment(chunks, batch, first)

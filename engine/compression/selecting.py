@@ -50,6 +50,9 @@ class BoundedRows:
     def remove(self, row: int) -> None:
         self._states.pop(row, None)
 
+    def __contains__(self, row: object) -> bool:
+        return row in self._states
+
     def way(self, chunk: Chunk, num_slots: int) -> int | None:
         """How many first layers read everything, where the chunk's attention is by bounds; None where it is as usual.
 
@@ -170,7 +173,7 @@ class BoundedSegment:
         k_cache, v_cache = self._cache.layer(layer)
         kernels.kv_write(k, v, k_cache, v_cache, self._written)
         table, lens, starts = self._table, self._seq_lens, self.rows.starts
-        is_dense = layer < self._num_dense
+        is_dense = layer < self._num_dense or options["window"] > 0  # a window counts slots, and reads few as it is
         if not is_dense or self._stamps:
             scores = self._scores(layer, q)
             if self._stamps:

@@ -7,12 +7,23 @@ D head_dim, MB blocks per row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from kernels import AttentionPlan, LoraPlan
+
+
+class SeenHidden(NamedTuple):
+    """What became of hidden states between two layers.
+
+    changed   [n] int64, tokens whose states have been overwritten
+    halted    [T] bool: their states stay as they are from here on; None: as after the layer before
+    """
+
+    changed: Tensor | None = None
+    halted: Tensor | None = None
 
 
 class AttentionHook(Protocol):
@@ -25,6 +36,22 @@ class AttentionHook(Protocol):
         """q [T, H, D], k [T, H_kv, D], v [T, H_kv, Dv], rotated. Writes keys and values to the cache, then attends:
         [T, H, Dv].
         """
+
+
+class WriteHook(Protocol):
+    """Sees keys and values of a batch as they are made."""
+
+    def on_kv(self, layer: int, q: Tensor, unrotated: Tensor, k: Tensor, v: Tensor) -> None:
+        """q [T, H, D] and k [T, H_kv, D], rotated; the keys before that; v [T, H_kv, Dv]. All to be read only, and k, v
+        and q may be overwritten afterwards.
+        """
+
+
+class HiddenHook(Protocol):
+    """Looks at the hidden states of a batch between layers, and may change or halt some of them."""
+
+    def on_hidden(self, layer: int, hidden: Tensor) -> SeenHidden:
+        """hidden [T, C]: the residual stream before the layer, which may be written to."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +68,8 @@ class ForwardBatch:
     attention_plan: AttentionPlan  # of the same rows and this model's number of kv heads
     adapters: LoraPlan | None = None  # low-rank adapters of the tokens; None where no token has one
     attention: AttentionHook | None = None  # who attends, where some rows do it in their own way; None: all alike
+    writes: WriteHook | None = None  # who sees keys and values as they are made; only with `attention`
+    watcher: HiddenHook | None = None  # who looks at hidden states between layers, where somebody does
 
 
 @dataclass(frozen=True)
@@ -82,6 +111,7 @@ class Model(Protocol):
     weight_bytes: int
     eos_token_ids: tuple[int, ...]
     generation_defaults: dict[str, Any]  # from generation_config.json, in the names of SamplingParams
+    shows_hidden: bool  # a batch may have a watcher and show what it writes, and it is a `KeyWriter`
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [T, C] of the batch; its keys and values are in `cache` afterwards."""
@@ -94,3 +124,10 @@ class Model(Protocol):
 
     def description(self) -> dict[str, str]:
         """What was loaded, for the start-up report."""
+
+
+class KeyWriter(Protocol):
+    """A model that takes keys and values of tokens that it has not computed."""
+
+    def write_kv(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, cache: KVCache) -> None:
+        """Keys [T, H_kv, D], which it rotates, and values [T, H_kv, Dv], into their slots."""

@@ -109,6 +109,8 @@ def attend(
 class TransformersModel:
     """Implements engine.models.batch.Model around a transformers model. Build it with hf_loader.load_adapter."""
 
+    shows_hidden = False
+
     def __init__(
         self, hf_model: Any, *, architecture: str, device: torch.device, max_model_len: int,
         generation: GenerationDefaults,

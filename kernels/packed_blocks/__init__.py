@@ -37,6 +37,7 @@ __all__ = [
     "packed_places",
     "plan_packed_attention",
     "seal_blocks",
+    "seal_groups",
     "unpack_blocks",
 ]
 
@@ -64,6 +65,28 @@ def seal_blocks(
             k_from, k_source = hadamard(k_pool[source].float()), torch.arange(len(source), device=source.device)
         module = backend.implementation("packed_blocks", k_pool.device)
         module.seal_blocks(k_pool, v_pool, (k_from, v_pool), (k_source, source), destination, places, format)
+
+
+def seal_groups(
+    k_pool: Tensor, v_pool: Tensor, k: Tensor, v: Tensor, destination: Tensor, places: Tensor, *, format: str
+) -> None:
+    """As `seal_blocks`, of tokens that are in no block.
+
+    k, v  [n, L, H_kv, BS, D], [n, L, H_kv, BS, Dv]  of the pools' type, contiguous
+    """
+    _check_pools(k_pool, v_pool, format)
+    for pool, tokens in ((k_pool, k), (v_pool, v)):
+        expected = (len(destination), *pool.shape[1:])
+        if tokens.shape != expected or tokens.dtype != pool.dtype or not tokens.is_contiguous():
+            raise ValueError(f"tokens are {list(tokens.shape)} {tokens.dtype}, need {list(expected)} {pool.dtype}")
+    for name, found in (("destination", destination), ("places", places)):
+        _check_ids(name, found, k.shape[0])
+    if k.shape[0]:
+        k_from = hadamard(k.float()) if _is_rotated(k_pool, v_pool, format) else k
+        source = torch.arange(k.shape[0], device=k.device)
+        destination, places = (x.to(k.device).contiguous() for x in (destination, places))
+        module = backend.implementation("packed_blocks", k_pool.device)
+        module.seal_blocks(k_pool, v_pool, (k_from, v), (source, source), destination, places, format)
 
 
 def unpack_blocks(

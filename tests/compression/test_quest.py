@@ -6,7 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernels
+from engine.compression.attend import RowRange, TableSegment
 from engine.compression.quest import Quest, key_bounds, select_blocks
+from engine.compression.selecting import BoundedRows
+from engine.models.batch import ForwardBatch, KVCache
+from engine.scheduling.plan import Chunk
 
 BLOCKS = torch.tensor([[[1.0, -2.0], [3.0, 1.0]], [[-1.0, 0.0], [2.0, 2.0]], [[0.0, -3.0], [1.0, 1.0]]])
 
@@ -60,3 +65,29 @@ def test_the_first_layers_are_dense_and_three_blocks_the_least():
     assert policy.num_blocks(5000, 16) == 6
     assert Quest(budget=1).num_blocks(5000, 16) == 3
     assert Quest(ratio=0.25).num_blocks(4096, 16) == 64
+
+
+def test_layers_with_a_sliding_window_read_what_they_see():
+    generator = torch.Generator().manual_seed(0)
+    cache = KVCache(*[torch.randn(12, 1, 2, 4, 16, generator=generator) for _ in range(2)])
+    q, k, v = (torch.randn(1, heads, 16, generator=generator) for heads in (4, 2, 2))
+    starts, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [46]))
+    batch = ForwardBatch(
+        token_ids=torch.zeros(1, dtype=torch.int64),
+        positions=torch.tensor([45]),
+        slots=torch.tensor([11 * 4 + 1]),
+        cu_seqlens_q=starts,
+        seq_lens=lens,
+        block_table=torch.arange(12, dtype=torch.int32).unsqueeze(0),
+        max_seqlen_q=1,
+        attention_plan=kernels.plan_attention(starts, lens, num_kv_heads=2),
+    )
+    rows = BoundedRows(cache)
+    rows.add(0, Quest(budget=12, num_dense_layers=0), 1)
+    chunk = Chunk(row=0, start=45, num_tokens=1, new_block_ids=(), is_sampling=True, output_index=44)
+    for window in (30, 0):
+        options = {"scale": 0.3, "window": window, "soft_cap": 0.0, "sinks": None}
+        found, plain = torch.empty(1, 4, 16), torch.empty(1, 4, 16)
+        rows.segment([chunk], batch, 0, 0).attend(0, q, k, v, found, options)
+        TableSegment(batch, cache, RowRange.of(batch, 0, 1), []).attend(0, q, k, v, plain, options)
+        assert torch.equal(found, plain) == (window > 0)

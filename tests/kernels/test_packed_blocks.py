@@ -446,3 +446,28 @@ def test_triton_on_a_gpu_errs_at_most_twice_as_much_as_torch(format, dtype, dims
     plain, _ = batch.to(torch.device("cuda")).run("torch")
     exact, _ = replace(batch, q=batch.q.float()).run("torch")
     testing.assert_at_most_twice_the_error(out, plain, exact)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_tokens_that_are_in_no_block_are_sealed_to_the_same_bytes(name, format):
+    k, v = pools(4, DIMS)
+    for pool in (k, v):
+        fill(pool, [1, 3])
+    expected = seal(name, k, v, [(1, 2, 1), (3, 0, 0)], format)
+    device = testing.device_of(name)
+    found = k.clone().to(device), v.clone().to(device)
+    tokens = [pool[[1, 3]].clone().to(device) for pool in (k, v)]
+    with backend.using(name):
+        packed_blocks.seal_groups(*found, *tokens, torch.tensor([2, 0]), torch.tensor([1, 0]), format=format)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(as_bytes(one.cpu()), as_bytes(other))
+
+
+def test_tokens_of_another_type_or_shape_are_refused():
+    k, v = pools(2, DIMS)
+    where = torch.tensor([1]), torch.tensor([0])
+    with pytest.raises(ValueError, match="tokens are"):
+        packed_blocks.seal_groups(k, v, k[:1].half(), v[:1].half(), *where, format="int8")
+    with pytest.raises(ValueError, match="tokens are"):
+        packed_blocks.seal_groups(k, v, k, v, *where, format="int8")
