@@ -37,7 +37,8 @@ class ModelConfig:
     tokenizer: str | None = option(None, "folder of the tokenizer; default: the model's")
     dtype: str = option(
         "auto",
-        "compute and weight precision; auto keeps 16-bit checkpoints at 16 bits with fp32 accumulation on CPU",
+        "compute and weight precision; on CPU auto keeps 16-bit checkpoints at 16 bits and activations at fp32, and "
+        "bfloat16 also rounds activations at every product: half the time of a prompt where the CPU has AVX512-BF16",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     quantization: str = option(
@@ -126,6 +127,16 @@ class RuntimeConfig:
     deterministic: bool = option(False, "kernels whose result for a row does not depend on the other rows; slower")
     kernel_backend: str = option(
         "auto", "implementation of the kernels", choices=("auto", "cpp", "torch", "triton", "reference")
+    )
+    cuda_graphs: str = option(
+        "auto",
+        "replay recorded launches for steps that only decode; auto: on CUDA, where the model can be recorded",
+        choices=("auto", "on", "off"),
+    )
+    overlap: str = option(
+        "auto",
+        "plan the next step while the device runs one; auto: on CUDA; on works anywhere, but gains nothing on CPU",
+        choices=("auto", "on", "off"),
     )
     seed: int = option(0, "seed of randomly initialised weights and of warm-up")
     load_format: str = option(

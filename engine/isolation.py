@@ -27,6 +27,30 @@ class Runner(Protocol):
         ...
 
 
+class Pending(Protocol):
+    """A step that the device runs."""
+
+    def result(self) -> StepResult:
+        """As `Runner.execute` returns it; waits until the step is done. To be called once, oldest step first.
+
+        Raises EngineDead when the device is gone.
+        """
+        ...
+
+
+class Launcher(Runner, Protocol):
+    """A data plane whose device computes while the host goes on."""
+
+    def launch(self, plan: StepPlan) -> Pending | None:
+        """Starts one step behind the one that runs, from whose tokens it may go on before the host knows them.
+
+        None, with nothing applied, where a row of the plan needs the host before or after its token is chosen. May
+        raise, or be followed by `execute` of the same plan: then the same holds as for that. No more than one other
+        step may be pending.
+        """
+        ...
+
+
 def execute_isolated(runner: Runner, plan: StepPlan) -> StepResult:
     """The results of the plan, with the error `internal_error` for chunks that raise on their own."""
     try:

@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from engine.constraints.vocabulary import Vocabulary
     from engine.core import EngineCore
     from engine.execution.adapters import RowAdapters
+    from engine.execution.cuda_graphs import DecodeGraphs
     from engine.execution.runner import ModelRunner
-    from engine.models.batch import Model
+    from engine.models.batch import KVCache, Model
     from engine.models.pooling import Pooler
     from engine.scheduling.pressure import Pressure
     from engine.scheduling.scheduler import Scheduler
-    from engine.speculation.manager import Budget
+    from engine.speculation.allowance import Budget
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ def build_core(
         pooler,
         artefacts=launch_calibration.find_artefacts(config, path),
         has_yardsticks=has_yardsticks,
+        progress=progress,
     )
     progress("warming", "kernels", 1.0)
     return core, info
@@ -125,6 +127,7 @@ def wire(
     *,
     artefacts: Artefacts | None = None,
     has_yardsticks: bool = False,
+    progress: Progress = lambda phase, detail, share: None,
 ) -> tuple[EngineCore, ModelInfo]:
     """Puts a loaded model, a cache, a runner and a scheduler together, and runs them once.
 
@@ -158,18 +161,23 @@ def wire(
             "requests need some; lower it"
         )
     block_size, num_rows = config.cache.block_size, config.scheduler.max_num_seqs
+    cache = kv_cache.allocate(model.spec, size.num_blocks, block_size, cache_dtype, device)
+    graphs = _decode_graphs(config, model, cache, size.max_model_len)
     runner = ModelRunner(
         model,
-        kv_cache.allocate(model.spec, size.num_blocks, block_size, cache_dtype, device),
+        cache,
         Sampler(model.logits_size, num_rows, device, model.eos_token_ids),
         RowTable(num_rows, size.max_model_len, block_size, device),
         RowConstraints(vocabulary, model.logits_size, num_rows, device, jumps=config.runtime.jump_ahead),
         device,
         adapters=lora.rows,
         pooling=None if pooler is None else PoolingRows(pooler),
+        graphs=graphs,
     )
     _warm_up(runner, size.max_model_len, block_size)
-    policies = Policies(config.cache, model.spec, cache_dtype, artefacts, has_yardsticks)
+    if graphs is not None:
+        graphs.record_all(lambda share: progress("warming", "graphs", share))
+    policies = Policies(config.cache, model.spec, cache_dtype, artefacts, has_yardsticks, model.shows_hidden)
     scheduler = Scheduler(
         config.scheduler,
         config.cache,
@@ -204,13 +212,35 @@ def wire(
         pooling=None if pooler is None else pooler.info,
     )
     speculation = Speculation(guessing.make, _speculation_budget(config, scheduler), model.vocab_size)
-    core = EngineCore(scheduler, runner, speculation)
+    overlaps = config.runtime.overlap == "on" or (config.runtime.overlap == "auto" and device.type == "cuda")
+    core = EngineCore(scheduler, runner, speculation, overlaps=overlaps)
     scheduler.cache_control.offer(core.controls)
     StepProfiler(core, config.runtime.profile_folder).offer(core.controls)
     core.controls.add("log_level", _set_log_level)
     if lora.adapters is not None:
         lora.adapters.offer(core.controls)
     return core, info
+
+
+def _decode_graphs(config: Config, model: Model, cache: KVCache, max_model_len: int) -> DecodeGraphs | None:
+    """What replays steps that only decode, if anything. Raises ConfigError."""
+    from engine.execution.cuda_graphs import DecodeGraphs, cuda_graph_maker
+    from engine.models.decoder import Decoder
+
+    choice, device = config.runtime.cuda_graphs, model.device
+    if choice == "off" or (choice == "auto" and not (device.type == "cuda" and isinstance(model, Decoder))):
+        return None
+    if device.type != "cuda":
+        raise ConfigError(f"cuda_graphs is on, but the model runs on {device}; use auto")
+    return DecodeGraphs(
+        lambda batch: model.forward(batch, cache),
+        cuda_graph_maker(),
+        max_rows=config.scheduler.max_num_seqs,
+        max_blocks=-(-max_model_len // config.cache.block_size) + 1,
+        num_kv_heads=model.spec.num_kv_heads,
+        device=device,
+        must_succeed=choice == "on",
+    )
 
 
 def _pressure(config: Config, policies: Policies) -> Pressure | None:
@@ -224,10 +254,10 @@ def _pressure(config: Config, policies: Policies) -> Pressure | None:
 
 
 def _speculation_budget(config: Config, scheduler: Scheduler) -> Budget:
+    from engine.speculation.allowance import FixedBudget
     from engine.speculation.calibration import Calibration
     from engine.speculation.cost import CostTable
     from engine.speculation.load_budget import LoadAwareBudget
-    from engine.speculation.manager import FixedBudget
 
     if config.speculation.speculative_budget == "fixed":
         return FixedBudget(config.speculation.speculative_max_rows)

@@ -196,7 +196,7 @@ class LLM:
             try:
                 while waiting or self._core.has_work:
                     self._feed(waiting)
-                    for output in self._core.step():
+                    for output in self._core.advance():
                         collector = by_id[output.request_id]
                         collector.stream.push(output)
                         bar.update(collector.collect())

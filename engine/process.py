@@ -226,7 +226,7 @@ class _EngineLoop:
         self._faults.check("forward_raise", step=self._num_steps)
         if self._faults.fires("forward_sleep", step=self._num_steps):
             threading.Event().wait()
-        outputs = self._core.step()
+        outputs = self._core.advance()
         self._pulse.end_step()
         self._report(outputs, is_idle=not self._core.has_work)
 

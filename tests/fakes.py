@@ -7,8 +7,10 @@ contains. So any mistake with blocks, tables, copies or progress changes the tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from engine.errors import EngineDead
 from engine.scheduling.plan import Chunk, ChunkResult, NewRow, StepPlan, StepResult
@@ -36,6 +38,7 @@ class FakeRow:
     block_ids: list[int]
     hashes: list[int] = field(default_factory=list)  # what each slot must contain, strict mode only
     num_pooled: int = 0  # prompt tokens that a pooling row has seen
+    is_broken: bool = False  # a step of it had an error
 
 
 class FakeRunner:
@@ -169,6 +172,83 @@ class FakeRunner:
         for position in range(chunk.start):
             if self.slots.get(self._slot(row, position)) != row.hashes[position]:
                 raise ContractViolation(f"position {position} of {row.new} is not what its block holds")
+
+
+class LateRunner(FakeRunner):
+    """Launches steps and executes each one as late as it can: when its result is asked for, the oldest first.
+
+    So a plan runs after the next one was made, on a device that sees only what the plan said when it was launched.
+    A row that had an error goes on with garbage in the step behind, as on a real device.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.num_launched = 0
+        self.while_running: Callable[[], None] = lambda: None  # called once, before the next result
+        self._pending: deque[LateStep] = deque()
+
+    def launch(self, plan: StepPlan) -> LateStep | None:
+        if len(self._pending) > 1:
+            raise ContractViolation("two steps are pending, and a third one is launched")
+        news = {new.row: new for new in plan.new_rows}
+        rows = {chunk.row: news.get(chunk.row) or self._new_of(chunk.row) for chunk in plan.chunks}
+        for new in rows.values():
+            if new.sampling.logprobs is not None or new.sampling.prompt_logprobs is not None or new.pooling is not None:
+                return None
+            if new.request_id in self.fail_ids:
+                raise RuntimeError("injected failure of the launch")
+        if any(token_id < 0 for new in plan.new_rows for token_id in new.token_ids):
+            raise ContractViolation("a row is new and its tokens are not known")
+        copies = tuple(replace(new, token_ids=list(new.token_ids)) for new in plan.new_rows)
+        step = LateStep(self, replace(plan, new_rows=copies))
+        self._pending.append(step)
+        self.num_launched += 1
+        return step
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if self._pending:
+            raise ContractViolation("a plan is executed while another one is pending")
+        return super().execute(plan)
+
+    def finish(self, step: LateStep) -> StepResult:
+        while_running, self.while_running = self.while_running, lambda: None
+        while_running()
+        if self._pending.popleft() is not step:
+            raise ContractViolation("results are asked for in another order than that of the launches")
+        failing, self.fail_ids = self.fail_ids, set()  # what could be launched does not fail any more
+        try:
+            return super().execute(step.plan)
+        finally:
+            self.fail_ids = failing
+
+    def _new_of(self, row: int) -> NewRow:
+        """Who has the row when the steps launched so far have run."""
+        for step in reversed(self._pending):
+            for new in step.plan.new_rows:
+                if new.row == row:
+                    return new
+        return self.rows[row].new
+
+    def _check(self, row: FakeRow, chunk: Chunk) -> None:
+        if not row.is_broken:
+            super()._check(row, chunk)
+
+    def _run(self, chunk: Chunk) -> ChunkResult:
+        row = self.rows[chunk.row]
+        if row.is_broken:
+            return ChunkResult(error="numerical_error")
+        result = super()._run(chunk)
+        row.is_broken = result.error is not None
+        return result
+
+
+@dataclass
+class LateStep:
+    runner: LateRunner
+    plan: StepPlan
+
+    def result(self) -> StepResult:
+        return self.runner.finish(self)
 
 
 def _logprob(token_id: int, history: int) -> TokenLogprob:

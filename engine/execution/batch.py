@@ -9,6 +9,7 @@ import torch
 import kernels
 from engine.execution.rows import RowTable, StepTensors
 from engine.execution.speculation import lay_out_trees, write_drafts
+from engine.execution.transfers import to_device
 from engine.models.batch import ForwardBatch
 from engine.scheduling.plan import Chunk
 
@@ -20,7 +21,7 @@ def build_batch(chunks: Sequence[Chunk], rows: RowTable, num_kv_heads: int, devi
     host = tensors = found.tensors
     parents = lay_out_trees(chunks, host)
     if device.type != "cpu":
-        tensors = StepTensors(*(tensor.to(device, non_blocking=True) for tensor in host))
+        tensors = StepTensors(*(to_device(tensor, device) for tensor in host))
     return ForwardBatch(
         token_ids=tensors.token_ids,
         positions=tensors.positions,

@@ -7,13 +7,13 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from engine.control import Controls, Payload
 from engine.errors import Conflict, InvalidParameter, UnsupportedParameter
-from engine.isolation import Runner
+from engine.isolation import Launcher, Pending, Runner
 from engine.scheduling.plan import StepPlan, StepResult
 
 if TYPE_CHECKING:
@@ -43,10 +43,21 @@ class StepProfiler:
         """As the runner, recorded."""
         with torch.profiler.record_function(f"step of {len(plan.chunks)} requests"):
             result = self._runner.execute(plan)
+        self._count()
+        return result
+
+    def launch(self, plan: StepPlan) -> Pending | None:
+        """As the runner, recorded as far as the host is concerned; what the device does is recorded as it happens."""
+        with torch.profiler.record_function(f"launch of {len(plan.chunks)} requests"):
+            pending = cast(Launcher, self._runner).launch(plan)
+        if pending is not None:
+            self._count()
+        return pending
+
+    def _count(self) -> None:
         self._num_left -= 1
         if self._num_left <= 0:
             self._finish()
-        return result
 
     def _start(self, payload: Payload) -> Payload:
         if self._folder is None:

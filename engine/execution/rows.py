@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.execution.transfers import to_device
 from engine.scheduling.plan import Chunk, NewRow
 
 # Columns that a batch's table has beyond the need, so that growing contexts do not copy it again at every block.
@@ -60,6 +61,11 @@ class RowTable:
         self._num_dropped = [0] * num_rows  # logical position minus cache slot
         self._decode = _DecodeBuffers(num_rows)
         self._batch = _BatchTable(torch.device(device))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that there can be."""
+        return len(self._num_blocks)
 
     def add(self, new: NewRow) -> None:
         count = len(new.token_ids)
@@ -281,13 +287,14 @@ class _BatchTable:
         rows = list(rows)
         if rows != self._rows or width > self._on_host.shape[1]:
             self._on_host = tables[rows, : min(width + SPARE_BLOCKS, tables.shape[1])]
-            self._on_device = torch.from_numpy(self._on_host).to(self._device, copy=not self._is_shared)
+            on_host = torch.from_numpy(self._on_host)
+            self._on_device = on_host if self._is_shared else to_device(on_host.clone(), self._device)
             self._rows = rows
             self._places = {row: place for place, row in enumerate(rows)}
             self._edits = {}
         elif self._edits:
             entries = torch.tensor([(*place, block_id) for place, block_id in self._edits.items()])
-            places, indices, block_ids = entries.to(self._device).unbind(1)
+            places, indices, block_ids = to_device(entries, self._device).unbind(1)
             self._on_device[places, indices] = block_ids.to(torch.int32)
             self._edits = {}
         return self._on_device

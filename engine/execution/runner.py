@@ -5,6 +5,7 @@ Knows rows, slots and tensors; never a request, a priority or a text.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -15,23 +16,26 @@ from torch import Tensor
 
 import kernels
 from engine.compression.prompt_filter import PromptFilters
+from engine.compression.provide import Providers
 from engine.compression.rows import PolicyRows
 from engine.errors import EngineDead, NumericalError, SchemaTooComplex
 from engine.execution.adapters import RowAdapters
 from engine.execution.batch import build_batch
 from engine.execution.constraints import RowConstraints
+from engine.execution.cuda_graphs import DecodeGraphs
+from engine.execution.launched import NO_CHOICE, LaunchedStep, Launches
 from engine.execution.logprobs import prompt_logprobs
 from engine.execution.pooling import PoolingRows
 from engine.execution.rows import RowTable
-from engine.execution.sampler import Sampler
+from engine.execution.sampler import Sampler, is_drawn_alone
 from engine.execution.speculation import Walker, forget_draft, keep_accepted, taps_of
+from engine.execution.transfers import to_device
 from engine.models.batch import ForwardBatch, KVCache, Model
-from engine.scheduling.plan import Chunk, ChunkResult, StepPlan, StepResult
+from engine.scheduling.plan import Chunk, ChunkResult, NewRow, StepPlan, StepResult
 from engine.types import SamplingParams, TokenLogprob
 
 # Rows of logits held at once for prompt logprobs: bounds the memory that one long prompt can ask for.
 PROMPT_LOGITS_ROWS = 64
-NO_CHOICE = ChunkResult()
 
 
 class ModelRunner:
@@ -47,7 +51,9 @@ class ModelRunner:
         device: torch.device,
         adapters: RowAdapters | None = None,
         pooling: PoolingRows | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
+        """graphs: recorded launches, for the steps that they fit; None: every step launches its kernels itself."""
         self.model = model
         self.cache = cache
         self._sampler = sampler
@@ -58,9 +64,13 @@ class ModelRunner:
         self._device = device
         self._policies = PolicyRows(cache, rows)
         self._filters = PromptFilters(cache, rows)
+        self._providers = Providers(cache, rows)
         self._walker = Walker(model, sampler, constraints, rows)
         self._params: dict[int, SamplingParams] = {}
         self._special_rows: set[int] = set()  # prompt log-probabilities or pooling
+        self._hosted_rows: set[int] = set()  # need the host before or after each token
+        self._graphs = graphs
+        self._launches = Launches(rows, device)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -73,19 +83,72 @@ class ModelRunner:
         except torch.AcceleratorError as error:  # sticky, unlike running out of memory, which is another class
             raise EngineDead(f"the device failed and cannot be used again: {error}") from error
 
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep | None:
+        """See `engine.isolation.Launcher`."""
+        if not self._may_launch(plan):
+            return None
+        try:
+            return self._launch(plan)
+        except torch.AcceleratorError as error:
+            raise EngineDead(f"the device failed and cannot be used again: {error}") from error
+
+    def _may_launch(self, plan: StepPlan) -> bool:
+        """Whether every row of the plan wants nothing but its next token, and keeps its cache as it is."""
+        hosted = self._hosted_rows.difference([new.row for new in plan.new_rows])
+        if any(_needs_host(new) for new in plan.new_rows):
+            return False
+        return all(
+            chunk.row not in hosted and chunk.draft is None and chunk.taps is None and not chunk.filters
+            and chunk.compaction is None and chunk.policy is None
+            for chunk in plan.chunks
+        )  # fmt: skip
+
+    def _launch(self, plan: StepPlan) -> LaunchedStep:
+        self._launches.take_rows(plan.new_rows)
+        self._apply(plan)
+        chunks = plan.chunks
+        batch = build_batch(chunks, self._rows, self.cache.k.shape[2], self._device)
+        self._launches.fill_in(chunks, batch.token_ids)
+        if self._adapters is not None:
+            batch = self._adapters.add_to(batch, chunks)
+        hidden = self._forward(batch)  # [T, C]
+        sampling = [chunk for chunk in chunks if chunk.is_sampling]
+        chosen = torch.empty(0, dtype=torch.int64, device=self._device)
+        if sampling:
+            logits = self.model.logits(self._last_of(chunks, hidden))
+            chosen = self._sampler.draw(logits, [c.row for c in sampling], [c.output_index for c in sampling])
+        return self._launches.start(chunks, chosen, hidden)
+
+    def _last_of(self, chunks: Sequence[Chunk], hidden: Tensor) -> Tensor:
+        """The last hidden state [R, C] of each chunk that samples. hidden [T, C]."""
+        if len(chunks) == hidden.shape[0] and all(chunk.is_sampling for chunk in chunks):
+            return hidden
+        ends = itertools.accumulate(chunk.num_tokens for chunk in chunks)
+        last = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_sampling]
+        return kernels.gather_rows(hidden, to_device(torch.tensor(last), self._device))
+
+    def _forward(self, batch: ForwardBatch) -> Tensor:
+        """Hidden states [T, C], by a recorded graph where one fits."""
+        hidden = None if self._graphs is None else self._graphs.forward(batch)
+        return self.model.forward(batch, self.cache) if hidden is None else hidden
+
     def _execute(self, plan: StepPlan) -> StepResult:
         self._apply(plan)
         if not plan.chunks:
             return StepResult()
         filtering = [i for i, chunk in enumerate(plan.chunks) if chunk.filters]
+        providing = [i for i, chunk in enumerate(plan.chunks) if chunk.is_provided]
         order = self._policies.order(plan.chunks)
-        if order is None and not filtering:
+        apart = filtering + providing
+        if order is None and not apart:
             return self._run(plan.chunks)
-        order = [i for i in order or range(len(plan.chunks)) if not plan.chunks[i].filters]
+        order = [i for i in order or range(len(plan.chunks)) if i not in apart]
         # first what records no token: when it raises, nothing has been recorded that would be recorded again
         filtered = self._filter([plan.chunks[i] for i in filtering]) if filtering else []
+        filtered += self._provide([plan.chunks[i] for i in providing]) if providing else []
         result = self._run([plan.chunks[i] for i in order]) if order else StepResult()
-        in_plan = sorted(zip(order + filtering, [*result.chunks, *filtered], strict=True), key=lambda pair: pair[0])
+        in_plan = sorted(zip(order + apart, [*result.chunks, *filtered], strict=True), key=lambda pair: pair[0])
         return StepResult(chunks=tuple([chunk for _, chunk in in_plan]), sampler_s=result.sampler_s)
 
     def _filter(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
@@ -94,14 +157,18 @@ class ModelRunner:
             batch = self._adapters.add_to(batch, chunks)
         return self._filters.run(self.model, chunks, batch)
 
+    def _provide(self, chunks: Sequence[Chunk]) -> list[ChunkResult]:
+        batch = build_batch(chunks, self._rows, self.cache.k.shape[2], self._device)
+        return self._providers.run(self.model, chunks, batch)
+
     def _run(self, chunks: Sequence[Chunk]) -> StepResult:
         batch = build_batch(chunks, self._rows, self.cache.k.shape[2], self._device)
         if self._adapters is not None:
             batch = self._adapters.add_to(batch, chunks)
         attention = self._policies.begin(chunks, batch)
         if attention is not None:
-            batch = replace(batch, attention=attention)
-        hidden = self.model.forward(batch, self.cache)  # [T, C]
+            batch = replace(batch, attention=attention, watcher=self._policies.watcher, writes=self._policies.tap)
+        hidden = self._forward(batch)  # [T, C]
         last = self._last_if_plain(chunks, batch, hidden)
         result = self._choose(chunks, hidden) if last is None else self._choose_plain(chunks, last)
         if attention is None and all(chunk.compaction is None for chunk in chunks):
@@ -170,16 +237,21 @@ class ModelRunner:
                 self._constraints.remove_row(row)
                 self._policies.remove(row)
                 self._filters.remove(row)
+                self._providers.remove(row)
                 if self._pooling is not None:
                     self._pooling.remove(row)
         for new in plan.new_rows:
             self._rows.add(new)
             self._policies.add(new)
             self._filters.add(new)
+            self._providers.add(new)
             self._params[new.row] = new.sampling
             self._special_rows.discard(new.row)
             if new.sampling.prompt_logprobs is not None or new.pooling is not None:
                 self._special_rows.add(new.row)
+            self._hosted_rows.discard(new.row)
+            if _needs_host(new):
+                self._hosted_rows.add(new.row)
             if self._adapters is not None:
                 self._adapters.add_row(new.row, new.adapter)
             self._sampler.add_row(new.row, new.sampling, new.choice, new.token_ids, new.num_prompt_tokens)
@@ -191,10 +263,13 @@ class ModelRunner:
         for row, index, block_id in plan.table_edits:
             self._rows.edit_block(row, index, block_id)
         if plan.block_copies:
-            kernels.copy_blocks(self.cache.k, self.cache.v, torch.tensor(plan.block_copies, dtype=torch.int64))
+            pairs = to_device(torch.tensor(plan.block_copies, dtype=torch.int64), self._device)
+            kernels.copy_blocks(self.cache.k, self.cache.v, pairs)
         for chunk in plan.chunks:
             if chunk.new_block_ids:
                 self._rows.append_blocks(chunk.row, chunk.new_block_ids)
+            if chunk.packed_edits or chunk.new_side:
+                self._policies.take_blocks(chunk)
             if chunk.policy is not None:
                 seed = self._params[chunk.row].seed
                 self._policies.adopt(chunk, self._rows.num_prompt_tokens(chunk.row), seed)
@@ -259,6 +334,12 @@ class ModelRunner:
             logits = self.model.logits(hidden[i : i + len(part)])
             entries.extend(prompt_logprobs(logits, part.to(logits.device), top_n))
         return tuple(entries)
+
+
+def _needs_host(new: NewRow) -> bool:
+    """Whether the row has something to do between two tokens that the device does not do alone."""
+    is_plain = new.constraint is None and new.pooling is None and new.policy is None
+    return not (is_plain and is_drawn_alone(new.sampling))
 
 
 def _broken_chunks(chunks: Sequence[Chunk], hidden: Tensor) -> set[int]:

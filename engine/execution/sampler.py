@@ -22,6 +22,7 @@ from engine.errors import InvalidParameter, NumericalError
 from engine.execution.logprobs import token_logprobs
 from engine.execution.penalties import PenaltyCounts
 from engine.execution.sampling_masks import RowMask
+from engine.execution.transfers import to_device
 from engine.speculation.verifiers import KeyedChance
 from engine.types import SamplingParams, TokenLogprob
 from kernels.sampling import GREEDY_BELOW
@@ -151,7 +152,7 @@ class Sampler:
         asking = [i for i, row in enumerate(rows) if self._features[row] & _LOGPROBS] if features & _LOGPROBS else []
         raw = self._rows_of(logits, asking, must_copy=is_processed) if asking else None
         withheld = self._process(logits, rows, output_indices, features, bitmask) if is_processed else {}
-        token_ids = self._draw(logits, rows, output_indices, features)
+        token_ids = self._draw(logits, rows, output_indices, features).tolist()
         errors: list[str | None] = [None] * len(rows)
         if min(token_ids) < 0:
             self._retry(token_ids, logits, withheld, rows, output_indices, features)
@@ -223,9 +224,19 @@ class Sampler:
                 logits[i, ids] += -math.inf
         return withheld
 
-    def _draw(self, logits: Tensor, rows: Sequence[int], output_indices: Sequence[int], features: int) -> list[int]:
+    def draw(self, logits: Tensor, rows: Sequence[int], output_indices: Sequence[int]) -> Tensor:
+        """`choose` without waiting, for rows that are `is_drawn_alone`: [N] int64 on the device.
+
+        logits [N, V] float32, N > 0. -1 where they are not finite.
+        """
+        features = 0
+        for row in rows:
+            features |= self._features[row]
+        return self._draw(logits, rows, output_indices, features)
+
+    def _draw(self, logits: Tensor, rows: Sequence[int], output_indices: Sequence[int], features: int) -> Tensor:
         if not features & _NOISE:
-            return kernels.greedy(logits).tolist()
+            return kernels.greedy(logits)
         parameters = self._parameters
         if parameters is None or parameters.rows != rows:
             parameters = self._parameters = self._gather(list(rows))
@@ -233,17 +244,17 @@ class Sampler:
         return kernels.sample(
             logits,
             temperature=parameters.temperature,
-            keys=torch.from_numpy(keys).to(self._device),
+            keys=to_device(torch.from_numpy(keys), self._device),
             top_k=parameters.top_k if features & _TOP_K else None,
             top_p=parameters.top_p if features & _TOP_P else None,
             min_p=parameters.min_p if features & _MIN_P else None,
             typical_p=parameters.typical_p if features & _TYPICAL_P else None,
-        ).tolist()
+        )
 
     def _gather(self, rows: list[int]) -> _Parameters:
         """The rows' parameters side by side, on the device. They stay the same as long as the rows do."""
-        floats = torch.from_numpy(self._floats.take(rows, axis=1)).to(self._device).unbind()
-        top_k = torch.from_numpy(self._top_k[rows]).to(self._device)
+        floats = to_device(torch.from_numpy(self._floats.take(rows, axis=1)), self._device).unbind()
+        top_k = to_device(torch.from_numpy(self._top_k[rows]), self._device)
         return _Parameters(rows, self._stream_keys[rows], top_k, *floats)
 
     def _retry(
@@ -259,7 +270,8 @@ class Sampler:
         for i, (ids, values) in withheld.items():
             if token_ids[i] < 0:
                 logits[i, ids] = values
-                token_ids[i] = self._draw(logits[i : i + 1], rows[i : i + 1], output_indices[i : i + 1], features)[0]
+                again = self._draw(logits[i : i + 1], rows[i : i + 1], output_indices[i : i + 1], features)
+                token_ids[i] = int(again.item())
 
     def _logprobs(
         self, raw: Tensor, asking: Sequence[int], rows: Sequence[int], token_ids: Sequence[int]
@@ -277,6 +289,11 @@ class Sampler:
         if len(positions) == logits.shape[0]:
             return logits.clone() if must_copy else logits
         return logits[torch.tensor(positions, device=logits.device)]
+
+
+def is_drawn_alone(params: SamplingParams) -> bool:
+    """Whether a row with these parameters needs nothing but its logits to choose, and gives nothing but tokens."""
+    return not _features(params) & (_COUNTING | _LOGPROBS) and params.prompt_logprobs is None
 
 
 def _features(params: SamplingParams) -> int:

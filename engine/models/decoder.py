@@ -17,16 +17,19 @@ from engine.models.config import DecoderConfig
 from engine.models.generation_config import GenerationDefaults
 from engine.models.layers import Attention, DecoderLayer, FeedForward, GatedMlp, Linear
 from engine.models.lora import DecoderAdapters
-from engine.models.moe import MixtureOfExperts
+from engine.models.moe import Experts, GroupedExperts, MixtureOfExperts, SeparateExperts, stack
 from engine.models.native_step import native_step
 from engine.models.rope import RopeTable, build_rope_table
+from engine.models.watched import run_watched
 from engine.models.weights import WeightSource, num_parameters
 from kernels.decoder_step.chain import DecoderChain
-from kernels.linear import PackedLinear, pack_linear
+from kernels.linear import BF16, PackedLinear, pack_linear
 
 
 class Decoder:
     """Implements engine.models.batch.Model. Build it with `build_decoder`."""
+
+    shows_hidden = True
 
     def __init__(
         self,
@@ -100,13 +103,21 @@ class Decoder:
         x = residual
         if self._first_norm is not None:
             x = kernels.rms_norm(residual, self._first_norm, self.config.norm_eps)
-        for layer in self._layers_of(batch)[:num_layers]:
+        layers = self._layers_of(batch)[:num_layers]
+        if batch.watcher is not None:
+            norms = [self._first_norm, *[layer.next_norm for layer in layers]]
+            return run_watched(layers, norms, self.config.norm_eps, x, residual, batch, cache, batch.watcher)
+        for layer in layers:
             x = layer(x, residual, batch, cache)
         return x
 
     def forward_layers(self, batch: ForwardBatch, cache: KVCache, num_layers: int) -> None:
         """See `Model`."""
         self._forward_by_operations(batch, cache, num_layers)
+
+    def write_kv(self, layer: int, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor, cache: KVCache) -> None:
+        """See `engine.models.batch.KeyWriter`."""
+        self._layers[layer].attention.write(k.to(self.dtype), v.to(self.dtype), positions, slots, cache)
 
     def chain(self, num_logits: int) -> DecoderChain | None:
         """Step, head and choice in one native call, among the first `num_logits` columns; None where that cannot be."""
@@ -187,6 +198,7 @@ class _Builder:
         self.linear_mode = linear_mode
         self.quantization = quantization
         self.layer_mode = quantization or linear_mode
+        self.router_mode = "auto" if linear_mode == BF16 else linear_mode  # a wrong expert costs more than its bytes
         self.head_mode = "int8" if quantization else linear_mode  # 4 bits in the head cost most of the quality
         self.device = device
         self.max_model_len = max_model_len
@@ -257,12 +269,27 @@ class _Builder:
         assert self.config.moe is not None
         shared: FeedForward | None = None
         shared_gate: Linear | None = None
-        router = self._linear(f"{at}.router", self.linear_mode)  # small, and a wrong expert costs more than its bytes
-        experts = [self._mlp(f"{at}.experts.{expert}") for expert in range(self.config.moe.num_experts)]
+        router = self._linear(f"{at}.router", self.router_mode)
+        experts = self._experts(at, self.config.moe.num_experts)
         if self.config.moe.shared_intermediate_size:
             shared = self._mlp(f"{at}.shared")
-            shared_gate = self._linear(f"{at}.shared.gate", self.linear_mode)
+            shared_gate = self._linear(f"{at}.shared.gate", self.router_mode)
         return MixtureOfExperts(self.config.moe, router=router, experts=experts, shared=shared, shared_gate=shared_gate)
+
+    def _experts(self, at: str, count: int) -> Experts:
+        if self.device.type == "cpu" or self.layer_mode == "deterministic":
+            return SeparateExperts([self._mlp(f"{at}.experts.{expert}") for expert in range(count)])
+        return self._grouped_experts(at, count)
+
+    def _grouped_experts(self, at: str, count: int) -> GroupedExperts:
+        gate_up, down = (
+            stack((self.weights.take(f"{at}.experts.{expert}.{name}") for expert in range(count)), count, self.device)
+            for name in ("gate_up", "down")
+        )
+        experts = GroupedExperts(gate_up, down, self.config.activation)
+        self.linears[f"grouped_experts_{str(down.dtype).removeprefix('torch.')}"] += 1
+        self.weight_bytes += experts.nbytes
+        return experts
 
     def _norm(self, name: str) -> Tensor:
         weight = self._vector(name) + self.config.norm_offset

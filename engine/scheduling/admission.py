@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.config import SchedulerConfig
 from engine.errors import InvalidParameter, PromptTooLong, QueueFull, QueueTokensFull
 from engine.scheduling.cache_manager import CacheManager
-from engine.scheduling.compression import ResolvedPolicy
+from engine.scheduling.compression import CachePlan, ResolvedPolicy
 from engine.types import EngineRequest
 
 MAX_RETRY_AFTER_S = 30
@@ -43,6 +43,23 @@ def check_servable(
             param="max_tokens",
         )
     return max_tokens
+
+
+def check_provided(request: EngineRequest, plan: CachePlan | None) -> None:
+    """Raises InvalidParameter for what a prompt cannot have whose keys and values the model does not compute."""
+    if plan is None or not plan.num_provided:
+        return
+    if request.sampling.prompt_logprobs is not None:
+        raise InvalidParameter(
+            f"kv_policy {plan.policy!r} supplies the prompt, so there are no prompt_logprobs; leave one of them out",
+            param="prompt_logprobs",
+        )
+    if request.adapter:
+        raise InvalidParameter(
+            f"kv_policy {plan.policy!r} supplies the prompt, which knows nothing of adapter {request.adapter!r}; leave "
+            "one of them out",
+            param="kv_policy",
+        )
 
 
 def _check_pooling(request: EngineRequest, cache: CacheManager, max_model_len: int) -> int:

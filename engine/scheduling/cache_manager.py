@@ -35,9 +35,16 @@ class CacheManager:
     def num_promised_to(self, request: Request) -> int:
         return self._promised.get(request, 0)
 
-    def new_chain(self, tenant: str, cache_salt: str, adapter: str = "") -> HashChain | None:
-        """adapter: key of the low-rank adapter, on which keys and values depend."""
-        return None if self.prefix_cache is None else self.prefix_cache.chain(tenant, cache_salt, adapter=adapter)
+    def new_chain(
+        self, tenant: str, cache_salt: str, adapter: str = "", plan: CachePlan | None = None
+    ) -> HashChain | None:
+        """adapter: key of the low-rank adapter, on which keys and values depend, as on the plan of one that seals."""
+        if self.prefix_cache is None:
+            return None
+        if plan is None or not plan.seals:
+            return self.prefix_cache.chain(tenant, cache_salt, adapter=adapter)
+        kv_format = f"sealed {plan.format} {plan.period}"
+        return self.prefix_cache.chain(tenant, cache_salt, adapter=adapter, kv_format=kv_format, block_size=plan.period)
 
     @property
     def prefix_stats(self) -> PrefixStats:
@@ -88,12 +95,15 @@ class CacheManager:
             hits = self.prefix_cache.match(request.chain, request.token_ids, max_hits)
             if num_needed - sum(1 for block_id in hits if self.pool.is_held(block_id)) > room:
                 return False
-            self.prefix_cache.record_query(request.num_tokens, len(hits) * self.block_size)
+            self.prefix_cache.record_query(request.num_tokens, len(hits) * request.chain.block_size)
             self.pool.share(hits)
             if request.cache_miss is None:
                 request.cache_miss = self._why_missing(request, len(hits), max_hits)
         request.num_published_blocks = len(hits)
-        self._start(request, hits, len(hits) * self.block_size)
+        if _seals(request):
+            self._start_sealed(request, hits)
+        else:
+            self._start(request, hits, len(hits) * self.block_size)
         return True
 
     def _max_hits(self, request: Request) -> int:
@@ -102,6 +112,8 @@ class CacheManager:
         """
         num_tokens = request.num_tokens - 1
         plan = request.cache_plan
+        if plan is not None and plan.seals:
+            return num_tokens // plan.period
         if plan is not None:
             num_tokens = min(num_tokens, max(0, request.num_prompt_tokens - plan.num_queries))
             if plan.first_point is not None:
@@ -152,10 +164,12 @@ class CacheManager:
         nothing changed, when blocks are lacking.
         """
         num_new = [self._num_lacking(table, num_tokens) for table in request.tables]
-        if not self.compaction.has_room(request, num_tokens, sum(num_new)):
+        num_side = self._num_side_lacking(request, num_tokens)
+        if not self.compaction.has_room(request, num_tokens, sum(num_new) + num_side):
             return False
         num_available = self.pool.num_available
         self._extend(request, num_new)
+        request.side += self.pool.allocate(num_side)
         self.compaction.reserve(request, num_tokens)
         self._take_promised(request, num_available - self.pool.num_available)
         return True
@@ -168,7 +182,12 @@ class CacheManager:
 
     def num_lacking(self, request: Request, num_tokens: int) -> int:
         """Blocks, or parts of blocks, that the next so many tokens want."""
-        return sum(self._num_lacking(table, num_tokens) for table in request.tables)
+        num_blocks = sum(self._num_lacking(table, num_tokens) for table in request.tables)
+        return num_blocks + self._num_side_lacking(request, num_tokens)
+
+    def _num_side_lacking(self, request: Request, num_tokens: int) -> int:
+        num_slots = request.tables[0].num_slots + num_tokens
+        return max(0, self.compaction.side_blocks(request.cache_plan, num_slots) - len(request.side))
 
     def _num_lacking(self, table: BlockTable, num_tokens: int) -> int:
         return max(0, self.blocks_for(table.num_slots + num_tokens) - len(table.block_ids))
@@ -190,7 +209,9 @@ class CacheManager:
         counts = range(1, num_nodes + 1)
         num_fitting = bisect.bisect_right(counts, room, key=lambda count: self.num_lacking(request, num_tokens + count))
         if num_fitting:
+            num_side = self._num_side_lacking(request, num_tokens + num_fitting)
             self._extend(request, [self._num_lacking(table, num_tokens + num_fitting) for table in request.tables])
+            request.side += self.pool.allocate(num_side)
         return num_fitting
 
     def trim(self, request: Request) -> None:
@@ -201,6 +222,10 @@ class CacheManager:
             pool.free(table.block_ids[num_used:])
             del table.block_ids[num_used:]
             table.num_sent = min(table.num_sent, num_used)
+        num_side = self.compaction.side_blocks(request.cache_plan, request.tables[0].num_slots)
+        self.pool.free(request.side[num_side:])
+        del request.side[num_side:]
+        request.num_side_sent = min(request.num_side_sent, num_side)
 
     def take_new_blocks(self, request: Request) -> tuple[int, ...]:
         """Blocks of the table that the runner does not know yet; from now on it does. None where there are several."""
@@ -222,6 +247,17 @@ class CacheManager:
             new += [(group, part) for part in table.block_ids[table.num_sent :]]
             table.num_sent = len(table.block_ids)
         return tuple(new)
+
+    def take_new_side(self, request: Request) -> tuple[int, ...]:
+        """Blocks for side data that the runner does not know yet; from now on it does."""
+        new = tuple(request.side[request.num_side_sent :])
+        request.num_side_sent = len(request.side)
+        return new
+
+    def take_packed_edits(self, request: Request) -> tuple[tuple[int, int], ...]:
+        """As `take_edits`, of packed blocks."""
+        edits, request.packed_edits = tuple(request.packed_edits), []
+        return edits
 
     def take_edits(self, request: Request) -> list[tuple[int, int]]:
         """Entries (index, block id) that the runner knows differently; from now on it knows them."""
@@ -245,6 +281,8 @@ class CacheManager:
         num_full = self._num_shareable(request) // self.block_size
         if self.prefix_cache is None or request.chain is None or num_full == request.num_published_blocks:
             return
+        if _seals(request):
+            return  # what it has in common with others is in packed blocks
         if request.is_compressed:
             return  # what the rest was computed from is not what the tokens say
         table = request.tables[0]
@@ -262,6 +300,8 @@ class CacheManager:
 
     def _num_shareable(self, request: Request) -> int:
         """First tokens whose keys and values are what the tokens alone say, while the cache has all of them."""
+        if request.cache_plan is not None and request.cache_plan.is_private:
+            return 0
         if request.cache_plan is not None and request.cache_plan.steps_singly:
             return min(request.num_computed_tokens, request.num_prompt_tokens)
         return request.num_computed_tokens
@@ -269,7 +309,28 @@ class CacheManager:
     def compact(self, request: Request, kept_blocks: Sequence[int] = ()) -> None:
         """The compaction that the step in flight was to make has been made; see `Compactor.apply`."""
         self.compaction.apply(request, kept_blocks)
+        if _seals(request):
+            self._publish_sealed(request)
         self._promise(request, self.compaction.blocks_needed(request) - self.compaction.num_held(request))
+
+    def _publish_sealed(self, request: Request) -> None:
+        """As `publish`, of packed blocks: each is full, and what it holds follows from the tokens alone."""
+        if self.prefix_cache is None or request.chain is None:
+            return
+        request.chain.extend(request.token_ids)
+        for index in range(request.num_published_blocks, len(request.packed)):
+            own = request.packed[index]
+            parent = request.packed[index - 1] if index else None
+            block_id = self.prefix_cache.publish(request.chain, request.token_ids, index, own, parent)
+            if block_id is None:
+                request.chain = None
+                return
+            if block_id != own:
+                self.pool.share([block_id])
+                self.pool.free([own])
+                request.packed[index] = block_id
+                request.packed_edits.append((index, block_id))
+            request.num_published_blocks = index + 1
 
     def release(self, request: Request) -> None:
         """Takes back everything. The request could start again from its tokens alone."""
@@ -278,7 +339,11 @@ class CacheManager:
         for table in request.tables:
             pool.free(table.block_ids)
         self.pool.free(request.packed)
+        self.pool.free(request.side)
         request.tables, request.packed, request.num_packed = [BlockTable()], [], 0
+        request.packed_edits, request.side, request.num_side_sent = [], [], 0
+        if request.unsettled is not None:
+            request.policy, request.unsettled = request.unsettled, None
         request.is_compressed = False
         request.num_computed_tokens = 0
         request.num_published_blocks = 0
@@ -288,6 +353,14 @@ class CacheManager:
         request.tables = [BlockTable(block_ids=block_ids, num_slots=num_computed)]
         request.num_computed_tokens = num_computed
         self._promise(request, self.compaction.blocks_needed(request) - len(block_ids))
+
+    def _start_sealed(self, request: Request, packed: list[int]) -> None:
+        """With full packed blocks: as after the compaction that made the last of them."""
+        request.packed = list(packed)
+        request.num_computed_tokens = request.num_packed = len(packed) * request.cache_plan.period  # type: ignore[union-attr]
+        request.tables = [BlockTable()]
+        request.is_compressed = bool(packed)
+        self._promise(request, self.compaction.blocks_needed(request) - len(packed))
 
     def _promise(self, request: Request, num_blocks: int) -> None:
         """So many more blocks, and no others, are kept from other admissions."""
@@ -313,8 +386,16 @@ class CacheManager:
             table.edits.append((index, block_id))
 
 
+def _seals(request: Request) -> bool:
+    return request.cache_plan is not None and request.cache_plan.seals
+
+
 def _needs_all_tokens(request: Request) -> bool:
-    """Log-probabilities and means of prompt tokens come from computing them, so cached blocks are of no use."""
+    """Log-probabilities and means of prompt tokens come from computing them, so cached blocks are of no use. Nor are
+    they where a cache policy computes the prompt in its own way.
+    """
+    if request.cache_plan is not None and request.cache_plan.is_private:
+        return True
     if request.pooling is not None:
         return request.pooling.needs_all_tokens
     return request.prompt_logprobs is not None

@@ -39,17 +39,20 @@ class Compactor:
 
     def peak_blocks(self, plan: CachePlan | None, num_tokens: int) -> int:
         """The most blocks that a request with so many tokens holds at a time, the cache being empty at first."""
+        side = self.side_blocks(plan, num_tokens)
         if plan is None or plan.first_point is None or num_tokens < plan.first_point:
-            return self._blocks_for(num_tokens)
+            return self._blocks_for(num_tokens) + side
         new = self.blocks_left(plan, plan.first_point)
-        return max(self._blocks_for(plan.first_point) + new, self._peak_after(plan, num_tokens))
+        return max(self._blocks_for(plan.first_point) + new, self._peak_after(plan, num_tokens)) + side
 
     def blocks_needed(self, request: Request) -> int:
         """The most blocks that a request holds until it has computed all tokens it has now."""
         plan = request.cache_plan
         if plan is None or not request.is_compressed:
             return self.peak_blocks(plan, request.num_tokens)
-        return self._peak_after(plan, request.num_tokens, request.num_computed_tokens)
+        num_left = request.num_tokens - request.num_computed_tokens
+        side = self.side_blocks(plan, request.tables[0].num_slots + num_left)
+        return self._peak_after(plan, request.num_tokens, request.num_computed_tokens) + side
 
     def blocks_left(self, plan: CachePlan, num_tokens: int) -> int:
         """Blocks that are left of a request at a point, after so many tokens; at most so many must be new."""
@@ -64,7 +67,7 @@ class Compactor:
 
     def num_held(self, request: Request) -> int:
         """Blocks in the request's tables: parts of blocks count as the blocks that they would fill."""
-        num_blocks = sum(len(table.block_ids) for table in request.tables) + len(request.packed)
+        num_blocks = sum(len(table.block_ids) for table in request.tables) + len(request.packed) + len(request.side)
         pool = self.pool_of(request)
         return pool.blocks_for(num_blocks) if isinstance(pool, PartPool) else num_blocks
 
@@ -101,6 +104,8 @@ class Compactor:
         if plan is not None and self._packs_at(plan, num_computed):
             packed, survivors = request.reserved or ([], [])
             newer = request.tables[0].block_ids[self._num_to_pack(request, num_tokens, kept) :]
+            if plan.classes:
+                newer = request.tables[0].block_ids[: self._blocks_for(kept[0])]
             return Compaction(kept=kept, tables=(tuple(survivors or newer),), packed=tuple(packed))
         tables = request.reserved or [
             table.block_ids[: self._blocks_for(count)] for table, count in zip(request.tables, kept, strict=True)
@@ -123,7 +128,7 @@ class Compactor:
             request.num_blocks_released += num_held - self.num_held(request)
             return
         if plan is not None and self._packs_at(plan, request.num_computed_tokens):
-            self._apply_packed(request, self._num_to_pack(request, 0, kept))
+            self._apply_packed(request, 0 if plan.classes else self._num_to_pack(request, 0, kept))
             request.num_packed = plan.packed_slots_at(request.num_computed_tokens)
         elif kept_blocks:
             table = request.tables[0]
@@ -143,7 +148,15 @@ class Compactor:
             table.num_slots = count
             table.num_sent = num_blocks
             table.edits = []
+        num_side = self.side_blocks(plan, request.tables[0].num_slots)
+        self._pool.free(request.side[num_side:])
+        del request.side[num_side:]
+        request.num_side_sent = min(request.num_side_sent, num_side)
         request.num_blocks_released += num_held - self.num_held(request)
+
+    def side_blocks(self, plan: CachePlan | None, num_slots: int) -> int:
+        """Blocks for the side data of so many slots."""
+        return 0 if plan is None or not plan.side_tokens else -(-num_slots // plan.side_tokens)
 
     def cancel(self, request: Request) -> None:
         """The compaction does not take place."""
@@ -167,9 +180,12 @@ class Compactor:
         num_computed = request.num_computed_tokens + num_tokens
         if plan is not None and kept is not None and self._packs_at(plan, num_computed) and not request.reserved:
             is_in_place = num_computed != plan.first_point or not plan.num_evicted
+            is_in_place = is_in_place and self._has_own_newest(request, num_tokens, kept)
+            if plan.classes:
+                is_in_place = self._is_private(request, kept)
             counts = [
                 self._packed_blocks(plan, num_computed) - len(request.packed),
-                0 if is_in_place and self._has_own_newest(request, num_tokens, kept) else self._blocks_for(kept[0]),
+                0 if is_in_place else self._blocks_for(kept[0]),
             ]
             return counts if any(counts) else []
         if plan is not None and plan.drops_at(num_computed):
@@ -217,7 +233,7 @@ class Compactor:
 
     def _packed_blocks(self, plan: CachePlan, num_tokens: int) -> int:
         """Packed blocks of a request that has computed so many tokens."""
-        return -(-self._blocks_for(plan.packed_slots_at(num_tokens)) // plan.places) if plan.places else 0
+        return plan.packed_blocks_at(num_tokens, self._block_size) if plan.places else 0
 
     def _peak_after(self, plan: CachePlan, num_tokens: int, num_computed: int = 0) -> int:
         """The most blocks from so many computed tokens on; packed ones are the most at the end, or before some go."""

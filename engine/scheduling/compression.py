@@ -25,6 +25,22 @@ class Realisation(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class PackedClass:
+    """Tokens that are packed in one way, in blocks of their own, alike for all layers and kv heads.
+
+    format   how, a name that kernels know or that of a policy's own codec
+    places   blocks of tokens that a packed block holds
+    first    tokens that join it at the first point, in whole blocks of tokens
+    later    tokens that join it at each later point, likewise
+    """
+
+    format: str
+    places: int
+    first: int
+    later: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class CachePlan:
     """
     policy         the name that clients use
@@ -38,10 +54,16 @@ class CachePlan:
                    packed, from `packs_at` on
     packs_at       point from which on tokens are packed, where that is not the first
     drops          (point, packed tokens that go there, in whole packed blocks), ascending
+    classes        where the policy says at each point which tokens are packed in which way; what stays unpacked, too
+    is_sealed      what is packed is a function of the tokens before it: others may read it, in a namespace of its own
+    is_adaptive    `kept` are upper bounds: how many slots remain is found out at the first point, the only one
+    side_tokens    tokens for whose side data one more block is taken; 0: there are none
+    num_provided   first prompt tokens whose keys and values the policy supplies, so that they are not computed
     steps_singly   generated tokens are computed one by one, also after a preemption: each reads the cache in its own
                    way. So only blocks of the prompt are what their tokens say, and may be shared. Guesses may be
                    computed with one where each continues the one before it
     num_filtered   tokens that a first pass over the prompt leaves of it before anything is generated; None: no such
+    is_private     what the prompt's keys and values are depends on more than its tokens: none are shared with anybody
     num_queries    last prompt tokens that must be computed, not taken from the prefix cache: the policy looks at them
     """
 
@@ -57,7 +79,13 @@ class CachePlan:
     format: str = ""
     num_evicted: int = 0
     packs_at: int | None = None
+    is_private: bool = False
     drops: tuple[tuple[int, int], ...] = ()
+    classes: tuple[PackedClass, ...] = ()
+    is_sealed: bool = False
+    is_adaptive: bool = False
+    side_tokens: int = 0
+    num_provided: int = 0
 
     def next_point(self, num_computed: int) -> int | None:
         """The first point after so many computed tokens."""
@@ -75,7 +103,7 @@ class CachePlan:
 
     def next_choice(self, num_computed: int) -> int | None:
         """The first point after so many computed tokens at which the policy chooses by what it has seen."""
-        if not self.places:
+        if not self.places or self.classes:
             return self.next_point(num_computed)
         has_chosen = self.first_point is None or num_computed >= self.first_point
         return None if has_chosen or not self.num_evicted else self.first_point
@@ -108,6 +136,30 @@ class CachePlan:
             return 0
         num_dropped = sum([count for at, count in self.drops if at <= num_tokens])
         return num_tokens - self.slots_at(num_tokens) - self.num_evicted - num_dropped
+
+    def class_slots_at(self, num_tokens: int) -> tuple[int, ...]:
+        """Of them, those of each class."""
+        if self.first_point is None or num_tokens < self.first_point:
+            return (0,) * len(self.classes)
+        num_later = (num_tokens - self.first_point) // self.period if self.period else 0
+        return tuple([each.first + num_later * each.later for each in self.classes])
+
+    def packed_blocks_at(self, num_tokens: int, block_size: int) -> int:
+        """Packed blocks of a request that has computed so many tokens."""
+        if not self.classes:
+            num_slots = self.packed_slots_at(num_tokens)
+            return -(-num_slots // (block_size * self.places)) if num_slots else 0
+        counts = zip(self.class_slots_at(num_tokens), self.classes, strict=True)
+        return sum([-(-count // (block_size * each.places)) for count, each in counts])
+
+    @property
+    def seals(self) -> bool:
+        """Whether packed blocks are shared."""
+        return self.is_sealed and self.first_point is not None
+
+    def settled(self, kept: tuple[int, ...]) -> CachePlan:
+        """An adaptive plan once it is known how many slots remain."""
+        return replace(self, kept=kept, is_adaptive=False)
 
     def peak_after(self, num_tokens: int, group: int = 0) -> int:
         """The most slots of a table after the first point, while so many tokens are computed in all."""
@@ -147,4 +199,5 @@ class ResolvedPolicy:
         plan = self.plan
         if plan.first_point is None or plan.first_point < num_tokens:
             return self
-        return replace(self, plan=replace(plan, first_point=None, num_queries=0))
+        num_queries = plan.num_queries if plan.steps_singly else 0  # each generated token may want what they told
+        return replace(self, plan=replace(plan, first_point=None, num_queries=num_queries))

@@ -57,6 +57,8 @@ def fitting_draft(request: Request, max_nodes: int, max_model_len: int) -> Draft
     speculating = request.speculating
     if speculating is None or not speculating.draft.tokens or not request.has_emitted:
         return EMPTY
+    if request.cache_plan is not None and request.cache_plan.classes:
+        return EMPTY  # what is left unpacked is summed up token by token
     # every node has a slot of its own, and rows end with the context
     max_nodes = min(max_nodes, max_model_len - request.num_tokens)
     draft, plan = speculating.draft, request.cache_plan

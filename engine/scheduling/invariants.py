@@ -111,9 +111,11 @@ def _running_violations(scheduler: Scheduler, request: Request) -> list[str]:
             problems.append(f"{name} has {table.num_slots} slots for {num_computed} tokens, its plan says {num_slots}")
         if len(table.block_ids) < cache.blocks_for(num_slots) or len(set(table.block_ids)) != len(table.block_ids):
             problems.append(f"{name} has table {table.block_ids} for {table.num_slots} slots")
-    num_packed = cache.blocks_for(plan.packed_slots_at(num_computed)) if plan is not None else 0
-    if plan is not None and plan.places and len(request.packed) != -(-num_packed // plan.places):
-        problems.append(f"{name} has {len(request.packed)} packed blocks for {num_packed} blocks of tokens")
+    num_packed = 0 if plan is None or not plan.places else plan.packed_blocks_at(num_computed, cache.block_size)
+    if len(request.packed) != num_packed:
+        problems.append(f"{name} has {len(request.packed)} packed blocks, its plan says {num_packed}")
+    if len(request.side) < cache.compaction.side_blocks(plan, request.tables[0].num_slots):
+        problems.append(f"{name} has {len(request.side)} blocks of side data for {request.tables[0].num_slots} slots")
     if request.num_packed != (0 if plan is None else plan.packed_slots_at(num_computed)):
         problems.append(f"{name} has {request.num_packed} packed tokens, its plan says otherwise")
     owner = request.family.request
@@ -139,6 +141,7 @@ def _references(scheduler: Scheduler, holders: list[Request]) -> tuple[Counter[i
         plan = request.cache_plan
         num_groups = 1 if plan is None else plan.num_groups
         blocks.update(request.packed)
+        blocks.update(request.side)
         for ids in [*[table.block_ids for table in request.tables if len(request.tables) == 1], *request.reserved]:
             if num_groups == 1 or ids is request.tables[0].block_ids:
                 blocks.update(ids)

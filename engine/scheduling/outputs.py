@@ -103,7 +103,7 @@ def _kv_usage(request: Request, block_bytes: int) -> KVUsage | None:
     policy = request.policy
     if policy is None:
         return None
-    num_shared = 0 if request.is_compressed else request.num_published_blocks
+    num_shared = 0 if request.is_compressed and not policy.plan.seals else request.num_published_blocks
     num_packed = request.num_dropped - request.num_evicted
     num_slots = max(table.num_slots for table in request.tables) + num_packed
     return KVUsage(
@@ -114,7 +114,7 @@ def _kv_usage(request: Request, block_bytes: int) -> KVUsage | None:
         merged_tokens=request.num_merged,
         released_bytes=request.num_blocks_released * block_bytes,
         private_bytes=sum(len(table.block_ids) for table in request.tables) * block_bytes // len(request.tables)
-        + (len(request.packed) - num_shared) * block_bytes,
+        + (len(request.packed) + len(request.side) - num_shared) * block_bytes,
         shared_bytes=num_shared * block_bytes,
         bits_per_value=policy.bits_per_value,
         format=policy.plan.format,

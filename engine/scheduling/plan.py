@@ -33,6 +33,7 @@ class NewRow:
     pooling: PoolingParams | None = None  # the row samples nothing: its last prompt chunk has a pooled result
     adapter: int = 0  # index of its low-rank adapter, 0 for none
     policy: ResolvedPolicy | None = None  # how its cache is kept
+    packed: tuple[int, ...] = ()  # full packed blocks that hold the first `num_computed` tokens; no others are there
 
 
 class Compaction(msgspec.Struct, frozen=True, gc=False):
@@ -66,6 +67,9 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     new_parts: tuple[tuple[int, int], ...] = ()  # (group, part of a block): appended to the tables of groups
     filters: bool = False  # a first pass over a prompt that is shortened: the row generates nothing yet
     policy: ResolvedPolicy | None = None  # of the row from this chunk on, where it is another than that of its NewRow
+    packed_edits: tuple[tuple[int, int], ...] = ()  # (index, block): read this packed block there, it holds the same
+    new_side: tuple[int, ...] = ()  # blocks appended to those with the row's side data before the forward
+    is_provided: bool = False  # the policy supplies keys and values of these tokens: the model does not run
     draft: DraftTree | None = None  # guessed tokens to check: num_tokens is 1 and the nodes
     verifier: str = "walk"  # the rule that decides how far the draft is right, see engine.speculation.verifiers
     taps: Taps | None = None  # what drafters want to see of it
@@ -119,6 +123,7 @@ class ChunkResult(msgspec.Struct, frozen=True):
     error: str | None = None  # "numerical_error": a hidden state or logit of the chunk is not finite
     filtered: tuple[int, ...] = ()  # with the last prompt chunk of a row that filters: places of the tokens that stay
     kept_blocks: tuple[int, ...] = ()  # where whole blocks, or packed ones, leave: the places of those that stay
+    kept: tuple[int, ...] = ()  # where the plan says at most: the slots that remain, as in `Compaction.kept`
     num_merged: int = 0  # tokens that the chunk's compaction merged into others, on average over the kv heads
     pooled: tuple[bytes, tuple[int, ...]] | None = None  # float32 data and shape, with the last chunk of a pooling row
     taps: TapRows | None = None  # what the chunk asked for

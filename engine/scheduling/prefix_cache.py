@@ -1,6 +1,7 @@
 """Finds blocks that already hold a given beginning: chained SHA-256 over block tokens -> block id.
 
-Knows tokens and block ids, never requests. Only full, computed, finite, dense blocks may be published here.
+Knows tokens and block ids, never requests. Only full, computed, finite blocks may be published here that their tokens
+determine: dense ones, and packed ones in a namespace of their format, where a block holds more tokens.
 A key covers everything that the contents depend on: all tokens so far, tenant, salt, model, adapter and KV format,
 under a secret of this process, so that nobody can compute keys outside it.
 """
@@ -52,6 +53,11 @@ class HashChain:
         self.digests: list[bytes] = []
         self._block_size = block_size
         self._digest = digest
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self._block_size
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Adds the full blocks of `token_ids` (the whole sequence, only read where it is new)."""
@@ -124,12 +130,15 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def chain(self, tenant: str, cache_salt: str, *, adapter: str = "", kv_format: str = "dense") -> HashChain:
-        """An empty chain in the namespace of these labels."""
+    def chain(
+        self, tenant: str, cache_salt: str, *, adapter: str = "", kv_format: str = "dense", block_size: int = 0
+    ) -> HashChain:
+        """An empty chain in the namespace of these labels. block_size: tokens in a block, 0 for the pool's number."""
         labels = (self._model, adapter, kv_format, tenant, cache_salt)
         message = b"".join(len(part).to_bytes(8, "little") + part for part in (label.encode() for label in labels))
         root = hmac.digest(self._secret, message, "sha256")
-        return HashChain(Namespace(tenant, cache_salt, adapter, kv_format, root), self.block_size, self._digest)
+        namespace = Namespace(tenant, cache_salt, adapter, kv_format, root)
+        return HashChain(namespace, block_size or self.block_size, self._digest)
 
     def estimate(self, chain: HashChain, max_blocks: int) -> tuple[int, int]:
         """How many first blocks of the chain are cached, and how many of those are held by somebody.

@@ -73,8 +73,13 @@ class Request:
     reserved: list[list[int]] = field(default_factory=list)  # tables to come: of the compaction in the step in flight
     packed: list[int] = field(default_factory=list)  # blocks with its older tokens, in another format
     num_packed: int = 0  # tokens in them
+    packed_edits: list[tuple[int, int]] = field(default_factory=list)  # (index, block id) of those, replaced since
+    side: list[int] = field(default_factory=list)  # blocks with what its policy notes of each slot
+    num_side_sent: int = 0  # of these, the first ones, which the runner knows
+    unsettled: ResolvedPolicy | None = None  # its policy before it was known how many slots remain
     is_compressed: bool = False  # it has tokens that the cache no longer has: nothing more of it may be shared
     num_computed_tokens: int = 0  # logical: tokens whose keys and values have been computed
+    awaits_token: bool = False  # its last token stands for the one that the step in flight will choose
     num_published_blocks: int = 0
     row: int | None = None
     waiting_since_s: float = 0.0

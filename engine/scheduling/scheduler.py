@@ -7,15 +7,17 @@ when it is aborted. The README of this folder has the picture and the rules that
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from engine.config import CacheConfig, SchedulerConfig
 from engine.errors import InvalidParameter
 from engine.scheduling.adapters import AdapterTable
-from engine.scheduling.admission import check_queue, check_servable
+from engine.scheduling.admission import check_provided, check_queue, check_servable
+from engine.scheduling.ahead import assume, is_predictable, settle
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.cache_control import CacheControl
 from engine.scheduling.cache_manager import CacheManager
@@ -45,6 +47,16 @@ class _Draft:
     new_rows: list[NewRow] = field(default_factory=list)
     table_edits: list[tuple[int, int, int]] = field(default_factory=list)
     block_copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Step:
+    """A plan between `schedule` and `commit`."""
+
+    plan: StepPlan
+    chunks: dict[Request, Chunk]  # those of the plan, in its order
+    left: list[Request] = field(default_factory=list)  # over, but this step uses what they hold
+    is_assumed: bool = False  # the requests already count what it computes
 
 
 class Scheduler:
@@ -106,8 +118,7 @@ class Scheduler:
         assert not whole_prompts or config.max_num_batched_tokens >= max_model_len, "no step could hold a whole prompt"
         self._num_arrived = 0
         self._deadlines = Deadlines(config)
-        self._in_flight: StepPlan | None = None
-        self._left_in_flight: list[Request] = []
+        self._in_flight: deque[_Step] = deque()  # the oldest first; only the newest may not be assumed
         self._outputs: list[TokenOutput] = []
         self._counters = Counters()
 
@@ -117,14 +128,15 @@ class Scheduler:
 
     @property
     def left_in_flight(self) -> tuple[Request, ...]:
-        """Over, but the step in flight uses what they hold."""
-        return tuple(self._left_in_flight)
+        """Over, but a step in flight uses what they hold."""
+        return tuple([request for step in self._in_flight for request in step.left])
 
     def add(self, request: EngineRequest) -> None:
         """Accepts a request. Raises QueueFull, PromptTooLong or InvalidParameter, and changes nothing then."""
         if request.request_id in self.roster.families:
             raise InvalidParameter(f"request id {request.request_id!r} is in use; choose another", param="request_id")
         policy = self._resolve_policy(request)
+        check_provided(request, None if policy is None else policy.plan)
         speculation = self._resolve_speculation(request)
         max_tokens = check_servable(request, self.cache, self._max_model_len, policy)
         if policy is not None:
@@ -161,7 +173,9 @@ class Scheduler:
                 choice=choice,
                 token_ids=list(request.prompt_token_ids),
                 num_prompt_tokens=len(request.prompt_token_ids),
-                chain=self.cache.new_chain(request.tenant, request.cache_salt, request.adapter),
+                chain=self.cache.new_chain(
+                    request.tenant, request.cache_salt, request.adapter, None if policy is None else policy.plan
+                ),
                 policy=policy,
                 is_filtering=policy is not None and policy.plan.num_filtered is not None,
                 prompt_logprobs=[None] if choice == 0 and sampling.prompt_logprobs is not None else None,
@@ -212,7 +226,7 @@ class Scheduler:
 
         Without chunks there is nothing to execute, but `commit` may have outputs.
         """
-        assert self._in_flight is None, "the previous step has not been committed"
+        assert all(step.is_assumed for step in self._in_flight), "the previous step has not been committed"
         now = self._clock()
         self.cache_control.expire(now)
         self._expire(now)
@@ -228,32 +242,50 @@ class Scheduler:
         if not num_preempted:
             self._schedule_waiting(draft)
         self._add_guesses(draft)
+        plan = StepPlan()
         if draft.chunks:
-            self._in_flight = StepPlan(
+            plan = StepPlan(
                 chunks=tuple(draft.chunks.values()),
                 new_rows=tuple(draft.new_rows),
                 freed_rows=self.rows.take_unreported(),
                 table_edits=tuple(draft.table_edits),
                 block_copies=tuple(draft.block_copies),
             )
-        else:
-            self._in_flight = StepPlan()
-        return self._in_flight
+        self._in_flight.append(_Step(plan, draft.chunks))
+        return plan
+
+    def schedule_ahead(self) -> StepPlan | None:
+        """The step after the one in flight, as if every row of that got a token that ends nothing but by its number.
+
+        None where what comes next depends on what comes out, where somebody might have to give way, or nothing is left
+        to do. The plan is executed after the one in flight, which must be committed first.
+        """
+        (step,) = self._in_flight
+        if self._may_preempt() or not all(is_predictable(*pair) for pair in step.chunks.items()):
+            return None
+        for request, chunk in step.chunks.items():
+            if request.status is Status.RUNNING:
+                assume(request, chunk, self.cache)
+        step.is_assumed = True
+        plan = self.schedule()
+        if plan.chunks:
+            return plan
+        self._in_flight.pop()
+        return None
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenOutput]:
         """Takes the results of the plan in flight. Returns what became known, ends by deadline included."""
-        assert plan is self._in_flight, "commit belongs to the plan that schedule returned last"
+        step = self._in_flight.popleft()
+        assert plan is step.plan, "plans are committed in the order in which they were scheduled"
         assert len(result.chunks) == len(plan.chunks), f"{len(result.chunks)} results for {len(plan.chunks)} chunks"
-        self._in_flight = None
         self.progress = []
-        for chunk, outcome in zip(plan.chunks, result.chunks, strict=True):
-            request = self.rows[chunk.row]
+        for (request, chunk), outcome in zip(step.chunks.items(), result.chunks, strict=True):
+            assert self.rows[chunk.row] is request, "what a step in flight uses is not given away"
             if request.status is Status.RUNNING:  # else it left while the step ran
-                self._commit_chunk(request, chunk, outcome)
-        for request in self._left_in_flight:
+                self._commit_chunk(request, chunk, outcome, is_assumed=step.is_assumed)
+        for request in step.left:
             self._release(request)
             self.adapters.release(request.family.request.adapter)
-        self._left_in_flight = []
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -311,7 +343,8 @@ class Scheduler:
                 break
             if request.status is Status.RUNNING:  # else it gave way to one before it
                 num_tokens = min(self._num_next_tokens(request), draft.budget)
-                if self._make_room(request, num_tokens, draft):
+                # nothing to do: its last token is on its way
+                if num_tokens and self._make_room(request, num_tokens, draft):
                     self._add_chunk(request, num_tokens, draft)
         return self._counters.num_preemptions - num_preempted
 
@@ -378,6 +411,7 @@ class Scheduler:
                 pooling=request.pooling,
                 adapter=request.family.adapter,
                 policy=request.policy,
+                packed=tuple(request.packed),
             )
         )
 
@@ -399,6 +433,9 @@ class Scheduler:
             output_index=request.num_output_tokens,
             compaction=self.cache.compaction.planned(request, num_tokens),
             policy=request.policy if request.policy is not request.family.policy else None,
+            packed_edits=self.cache.take_packed_edits(request),
+            new_side=self.cache.take_new_side(request),
+            is_provided=_is_provided(request),
         )
 
     def _add_guesses(self, draft: _Draft) -> None:
@@ -421,6 +458,7 @@ class Scheduler:
                 num_tokens=chunk.num_tokens + len(tree),
                 new_block_ids=chunk.new_block_ids + self.cache.take_new_blocks(request),
                 new_parts=chunk.new_parts + self.cache.take_new_parts(request),
+                new_side=chunk.new_side + self.cache.take_new_side(request),
                 draft=tree if tree.tokens else None,
                 verifier=request.speculating.options.verifier,
                 taps=request.speculating.taps,
@@ -436,6 +474,8 @@ class Scheduler:
             point = plan.next_point(request.num_computed_tokens)
             if point is not None:
                 num_tokens = min(num_tokens, point - request.num_computed_tokens)
+            if request.num_computed_tokens < plan.num_provided:
+                num_tokens = min(num_tokens, plan.num_provided - request.num_computed_tokens)
             if plan.steps_singly:
                 num_tokens = min(num_tokens, max(1, request.num_prompt_tokens - request.num_computed_tokens))
         return num_tokens
@@ -449,8 +489,18 @@ class Scheduler:
                 return False
         return True
 
+    def _may_preempt(self) -> bool:
+        """Whether the next step might have to throw somebody out. Every row that decodes wants one block at most, and
+        what prompts want is promised.
+        """
+        head, running = self.roster.queue.first(), self.roster.running
+        if head is not None and running and running[-1].priority > head.priority:
+            return True
+        return self.cache.pool.num_available - self.cache.num_promised < len(running)
+
     def _preempt(self, request: Request, draft: _Draft) -> None:
         """Back to the queue with the tokens it has; their keys and values will be computed again."""
+        assert not request.awaits_token, "a step is planned ahead only where nobody has to give way"
         chunk = draft.chunks.pop(request, None)
         if chunk is not None:
             draft.budget += chunk.num_tokens
@@ -464,10 +514,13 @@ class Scheduler:
 
     # ---- results
 
-    def _commit_chunk(self, request: Request, chunk: Chunk, outcome: ChunkResult) -> None:
+    def _commit_chunk(self, request: Request, chunk: Chunk, outcome: ChunkResult, *, is_assumed: bool) -> None:
         num_nodes = 0 if chunk.draft is None else len(chunk.draft)
         num_tokens = chunk.num_tokens - num_nodes - outcome.is_deferred
-        self.cache.advance(request, num_tokens)
+        if is_assumed:
+            settle(request)
+        else:
+            self.cache.advance(request, num_tokens)
         if chunk.start < request.num_prompt_tokens:
             num_prompt_tokens = min(num_tokens, request.num_prompt_tokens - chunk.start)
             self._counters.prompt_tokens_computed += num_prompt_tokens
@@ -538,6 +591,9 @@ class Scheduler:
         counts.requests += not request.is_compressed
         counts.compactions += 1
         num_evicted, num_released = request.num_evicted, request.num_blocks_released
+        if outcome.kept and request.policy is not None:
+            request.unsettled = request.policy
+            request.policy = replace(request.policy, plan=plan.settled(outcome.kept))
         self.cache.compact(request, outcome.kept_blocks)
         request.num_merged += outcome.num_merged
         counts.evicted_tokens += request.num_evicted - num_evicted
@@ -562,12 +618,12 @@ class Scheduler:
                 self._finish(request, Ending("error", error=code))
 
     def _leave(self, request: Request) -> None:
-        """The request is over. What it holds goes back now, or when the step in flight is committed."""
+        """The request is over. What it holds goes back now, or when the step in flight that uses it is committed."""
         was = self.roster.leave(request, self._clock())
         if not request.family.choices:
             self._deadlines.ended(request.family)
-        if was is Status.RUNNING and self._in_flight is not None:
-            self._left_in_flight.append(request)
+        if was is Status.RUNNING and self._in_flight:
+            self._in_flight[-1].left.append(request)
             return
         if was is Status.RUNNING:
             self._release(request)
@@ -585,16 +641,25 @@ class Scheduler:
 def _fork_source(request: Request) -> Request | None:
     """A running choice of the same family that has computed the prompt, for one that has nothing of its own yet.
 
-    Not from or with a cache that shrinks: what is left of the prompt then is not the prompt.
+    Not from or with a cache that shrinks: what is left of the prompt then is not the prompt. Nor where the policy must
+    have seen the prompt.
     """
-    if request.num_output_tokens or _shrinks(request):
+    if request.num_output_tokens or _has_own_prompt(request):
         return None
     for other in request.family.choices.values():
-        if other.status is Status.RUNNING and other.has_computed_prompt and not _shrinks(other):
+        if other.status is Status.RUNNING and other.has_computed_prompt and not _has_own_prompt(other):
             return other
     return None
 
 
-def _shrinks(request: Request) -> bool:
+def _has_own_prompt(request: Request) -> bool:
     plan = request.cache_plan
-    return plan is not None and plan.first_point is not None
+    return plan is not None and bool(
+        plan.first_point is not None or plan.num_queries or plan.is_private or plan.side_tokens
+    )
+
+
+def _is_provided(request: Request) -> bool:
+    """Whether the policy supplies keys and values of what is computed next."""
+    plan = request.cache_plan
+    return plan is not None and request.num_computed_tokens < plan.num_provided

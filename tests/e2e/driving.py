@@ -41,6 +41,7 @@ def core_for(
     jump_ahead: bool = True,
     pressure_policy: str = "",
     eagle_head: str = "auto",
+    overlap: str = "auto",
 ) -> EngineCore:
     """A fresh core around a loaded model; small blocks, so that short prompts span several."""
     config = Config(
@@ -53,7 +54,7 @@ def core_for(
             pressure_policy=pressure_policy,
         ),
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget),
-        runtime=RuntimeConfig(jump_ahead=jump_ahead),
+        runtime=RuntimeConfig(jump_ahead=jump_ahead, overlap=overlap),
         speculation=SpeculationConfig(speculative_eagle_head=eagle_head),
     )
     core, _ = wire(model, config, torch.device("cpu"), vocabulary)
@@ -71,7 +72,7 @@ def run(core: EngineCore, requests: Iterable[EngineRequest], *, stagger: int = 0
             core.add(pending.pop(0))
             if stagger:
                 break
-        for output in core.step():
+        for output in core.advance():
             answer = answers.setdefault((output.request_id, output.choice), Answer())
             assert answer.finish_reason is None, f"{output.request_id} got output after its end"
             answer.token_ids.extend(output.token_ids)

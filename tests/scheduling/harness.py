@@ -15,7 +15,7 @@ from engine.scheduling.plan import StepPlan, StepResult
 from engine.scheduling.request import Request, Status
 from engine.scheduling.scheduler import Scheduler
 from engine.types import EngineRequest, SamplingParams, TokenOutput
-from tests.fakes import ROOT, FakeRunner, next_hash
+from tests.fakes import ROOT, FakeRunner, LateRunner, next_hash
 
 EOS = 7
 
@@ -48,8 +48,10 @@ class Harness:
         scheduler_type: Callable[..., Scheduler] = Scheduler,
         whole_prompts: bool = False,
         max_pinned_blocks: int = 0,
+        overlaps: bool = False,
         **limits: Any,
     ) -> None:
+        """overlaps: steps are planned while others run, as late as the LateRunner can."""
         self.now = 0.0
         self.max_model_len = max_model_len
         self.is_strict = strict
@@ -63,8 +65,9 @@ class Harness:
             secret=b"tests",
             whole_prompts=whole_prompts,
         )
-        self.runner = runner or FakeRunner(block_size, eos_token_id=EOS, strict=strict)
-        self.core = EngineCore(self.scheduler, self.runner)
+        runner_type = LateRunner if overlaps else FakeRunner
+        self.runner = runner or runner_type(block_size, eos_token_id=EOS, strict=strict)
+        self.core = EngineCore(self.scheduler, self.runner, overlaps=overlaps)
         self.requests: dict[str, EngineRequest] = {}
         self.streams: dict[tuple[str, int], Stream] = {}
         self.num_steps = 0
@@ -103,6 +106,8 @@ class Harness:
 
     def step(self, while_running: Callable[[], None] | None = None) -> list[TokenOutput]:
         """One step, everything checked in between; `while_running` happens between schedule and commit."""
+        if self.core.overlaps:
+            return self._step_overlapped(while_running)
         running = self.scheduler.roster.running
         oldest = running[0] if running else None
         is_protected = oldest is not None and self._is_protected(oldest)
@@ -120,10 +125,21 @@ class Harness:
             self._record(output)
         return outputs
 
+    def _step_overlapped(self, while_running: Callable[[], None] | None) -> list[TokenOutput]:
+        assert isinstance(self.runner, LateRunner)
+        if while_running is not None:
+            self.runner.while_running = while_running
+        outputs = self.core.step_overlapped()
+        self.num_steps += 1
+        self.check()
+        for output in outputs:
+            self._record(output)
+        return outputs
+
     def run(self, max_steps: int = 10_000) -> None:
         """Until all is done."""
         for _ in range(max_steps):
-            if not self.scheduler.has_work:
+            if not self.core.has_work:
                 return
             self.step()
         raise AssertionError(f"not done after {max_steps} steps")
