@@ -1,4 +1,8 @@
-"""Cache writes on GPUs. One program writes all kv heads of one token; bound by memory bandwidth."""
+"""Cache writes on GPUs; bound by memory bandwidth. One program writes all kv heads of one token.
+
+Fused with the rotation it is one launch: a program rotates a few query heads of a token in place, or writes a few of
+its kv heads, rotated keys or values.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.rope import triton_impl as rope
 from kernels.rope.triton_impl import rotated_pair
+
+HEADS_OF_A_PROGRAM = 8  # so that one token still keeps several processors busy
 
 
 @triton.jit
@@ -53,40 +58,55 @@ def _kv_write_kernel(
 
 
 @triton.jit
-def _rope_k_write_kernel(
-    k_ptr,
-    cache_ptr,
-    positions_ptr,
-    cos_sin_ptr,
-    slots_ptr,
-    num_heads,
-    k_stride_t,  # elements between tokens
-    k_stride_h,
-    cache_stride_b,  # elements between blocks
-    cache_stride_h,
-    KV_BLOCK: tl.constexpr,
-    SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    HEADS: tl.constexpr,
-    TILE: tl.constexpr,
-    REST: tl.constexpr,  # columns beyond the rotated ones, rounded up; 0 for none
-):
+def _rope_kv_write_kernel(
+    q_ptr, k_ptr, v_ptr, positions_ptr, cos_sin_ptr, slots_ptr, k_cache_ptr, v_cache_ptr,
+    num_heads, num_kv_heads,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,  # elements between tokens, heads
+    k_cache_stride_b, k_cache_stride_h, v_cache_stride_b, v_cache_stride_h,  # between blocks, heads
+    KV_BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,                                       # of a program
+    TILE: tl.constexpr,                                        # HALF, rounded up
+    TILE_V: tl.constexpr,                                      # DV, rounded up
+    REST: tl.constexpr,                                        # columns beyond the rotated ones, rounded up; 0 for none
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    num_q_parts = tl.cdiv(num_heads, HEADS)
+    num_kv_parts = tl.cdiv(num_kv_heads, HEADS)
     slot = tl.load(slots_ptr + token)
-    if slot >= 0:
-        position = tl.load(positions_ptr + token)
-        heads = tl.arange(0, HEADS)
-        token_ptr = k_ptr + token * k_stride_t
-        target = cache_ptr + slot // KV_BLOCK * cache_stride_b + slot % KV_BLOCK * SIZE
+    row_ptr = cos_sin_ptr + tl.load(positions_ptr + token) * 2 * HALF
+    heads = tl.arange(0, HEADS)
+    if part < num_q_parts:
+        first_head = part * HEADS
+        head_ptr = q_ptr + token * q_stride_t + first_head.to(tl.int64) * q_stride_h
+        num_left = num_heads - first_head
         a, b, first, second, mask = rotated_pair(
-            token_ptr, cos_sin_ptr + position * 2 * HALF, heads, k_stride_h, num_heads, HALF, INTERLEAVED, HEADS, TILE
+            head_ptr, row_ptr, heads, q_stride_h, num_left, HALF, INTERLEAVED, HEADS, TILE
         )
-        base = target + heads[:, None] * cache_stride_h
-        tl.store(base + first[None, :], a.to(cache_ptr.dtype.element_ty), mask=mask)
-        tl.store(base + second[None, :], b.to(cache_ptr.dtype.element_ty), mask=mask)
-        if REST > 0:
-            _copy_heads(token_ptr, target, k_stride_h, cache_stride_h, num_heads, 2 * HALF, SIZE, HEADS, REST)
+        base = head_ptr + heads[:, None] * q_stride_h
+        tl.store(base + first[None, :], a.to(q_ptr.dtype.element_ty), mask=mask)
+        tl.store(base + second[None, :], b.to(q_ptr.dtype.element_ty), mask=mask)
+    elif slot >= 0:
+        block, offset = slot // KV_BLOCK, slot % KV_BLOCK
+        if part < num_q_parts + num_kv_parts:
+            first_head = (part - num_q_parts) * HEADS
+            num_left = num_kv_heads - first_head
+            head_ptr = k_ptr + token * k_stride_t + first_head.to(tl.int64) * k_stride_h
+            target = k_cache_ptr + block * k_cache_stride_b + first_head.to(tl.int64) * k_cache_stride_h + offset * D
+            a, b, first, second, mask = rotated_pair(
+                head_ptr, row_ptr, heads, k_stride_h, num_left, HALF, INTERLEAVED, HEADS, TILE
+            )
+            base = target + heads[:, None] * k_cache_stride_h
+            tl.store(base + first[None, :], a.to(k_cache_ptr.dtype.element_ty), mask=mask)
+            tl.store(base + second[None, :], b.to(k_cache_ptr.dtype.element_ty), mask=mask)
+            if REST > 0:
+                _copy_heads(head_ptr, target, k_stride_h, k_cache_stride_h, num_left, 2 * HALF, D, HEADS, REST)
+        else:
+            first_head = (part - num_q_parts - num_kv_parts) * HEADS
+            num_left = num_kv_heads - first_head
+            head_ptr = v_ptr + token * v_stride_t + first_head.to(tl.int64) * v_stride_h
+            target = v_cache_ptr + block * v_cache_stride_b + first_head.to(tl.int64) * v_cache_stride_h + offset * DV
+            _copy_heads(head_ptr, target, v_stride_h, v_cache_stride_h, num_left, 0, DV, HEADS, TILE_V)
 
 
 def kv_write(x: Tensor, cache: Tensor, slots: Tensor) -> None:
@@ -117,26 +137,24 @@ def rope_kv_write(
     slots: Tensor,
     interleaved: bool,
 ) -> None:
-    rope.apply_rope(q, positions, cos_sin, interleaved)
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, head_dim_v = v.shape[1:]
     half = cos_sin.shape[1] // 2
-    rest = k.shape[2] - 2 * half
-    _rope_k_write_kernel[(k.shape[0],)](
-        k,
-        k_cache,
-        positions.contiguous(),
-        cos_sin,
-        slots.contiguous(),
-        k.shape[1],
-        k.stride(0),
-        k.stride(1),
-        k_cache.stride(0),
-        k_cache.stride(1),
+    rest = head_dim - 2 * half
+    heads = min(HEADS_OF_A_PROGRAM, triton.next_power_of_2(num_heads))
+    num_parts = triton.cdiv(num_heads, heads) + 2 * triton.cdiv(num_kv_heads, heads)
+    _rope_kv_write_kernel[(num_tokens, num_parts)](
+        *(q, k, v, positions.contiguous(), cos_sin, slots.contiguous(), k_cache, v_cache),
+        *(num_heads, num_kv_heads),
+        *(stride for x in (q, k, v) for stride in x.stride()[:2]),
+        *(stride for cache in (k_cache, v_cache) for stride in cache.stride()[:2]),
         KV_BLOCK=k_cache.shape[2],
-        SIZE=k.shape[2],
+        D=head_dim,
+        DV=head_dim_v,
         HALF=half,
         INTERLEAVED=interleaved,
-        HEADS=triton.next_power_of_2(k.shape[1]),
+        HEADS=heads,
         TILE=triton.next_power_of_2(half),
+        TILE_V=triton.next_power_of_2(head_dim_v),
         REST=triton.next_power_of_2(rest) if rest else 0,
     )
-    kv_write(v, v_cache, slots)

@@ -75,6 +75,27 @@ def test_the_fused_form_is_rotation_then_write(
 
 
 @pytest.mark.parametrize("name", testing.implementations(OP))
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(20, 10), (9, 9), (1, 1)])
+def test_the_fused_form_reaches_every_head_and_no_slot_of_padding(name: str, num_heads: int, num_kv_heads: int) -> None:
+    device = testing.device_of(name)
+    generator = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(3, heads, 16, generator=generator).to(device) for heads in (num_heads, num_kv_heads))
+    v = torch.randn(3, num_kv_heads, 12, generator=generator).to(device)
+    positions, slots = torch.tensor([5, 0, 0], device=device), torch.tensor([9, -1, -1], device=device)
+    cos_sin = table(30, 16).to(device)
+    q_expected, k_expected = q.clone(), k.clone()
+    k_pool, v_pool = caches(num_kv_heads, 16, 12, torch.float32, device)
+    with backend.using(name):
+        kernels.apply_rope(q_expected, k_expected, positions, cos_sin)
+        kernels.rope_kv_write(q, k, v, positions, cos_sin, k_pool[:, 1], v_pool[:, 1], slots)
+    assert torch.equal(q, q_expected)
+    for pool, x in ((k_pool, k_expected), (v_pool, v)):
+        assert torch.equal(pool[9 // BLOCK_SIZE, 1, :, 9 % BLOCK_SIZE], x[0])
+        pool[9 // BLOCK_SIZE, 1, :, 9 % BLOCK_SIZE] = float("nan")
+        assert pool.isnan().all(), "padding was written"
+
+
+@pytest.mark.parametrize("name", testing.implementations(OP))
 def test_no_tokens_is_a_no_op(name: str) -> None:
     device = testing.device_of(name)
     k_cache = torch.zeros(2, 1, 4, 8, device=device)
