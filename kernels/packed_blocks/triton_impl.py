@@ -2,17 +2,21 @@
 
 Attention: one program holds a tile of queries of one row times the heads that share a kv head, and walks over a split
 of the row's packed tokens, which it decodes in registers; the splits are merged as those of paged attention are. Splits
-start at fixed tokens of the row, so its sums do not depend on its batch.
+start at fixed tokens of the row, so its sums do not depend on its batch. The kernel here takes
+heads and blocks of any size; triton_attend.py those whose sizes are powers of two, in fewer instructions.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.packed_blocks.layout import SCALE_BITS, Side, packed_layout
+from kernels.packed_blocks.layout import SCALE_BITS, PackedLayout, Side, packed_layout
+from kernels.packed_blocks.triton_attend import attend_words_kernel, suits_words, words_options
 from kernels.packed_blocks.triton_seal import as_float, fp8_value, scale_places, seal_blocks, unit_offset
 from kernels.paged_attention.plan import AttentionPlan, Row
 from kernels.paged_attention.triton_impl import merge_kernel
@@ -225,41 +229,15 @@ def packed_attention(
     """See `kernels.packed_blocks.packed_attention`; writes out [T, H, Dv] and lse [T, H]."""
     num_heads, head_dim, head_dim_v, num_kv_heads = q.shape[1], q.shape[2], v_pool.shape[4], k_pool.shape[2]
     layout = packed_layout(format, head_dim, head_dim_v, k_pool.shape[3], k_pool.dtype)
-    keys, values = scale_places(layout.keys), scale_places(layout.values)
     group = num_heads // num_kv_heads
-    block_d, block_dv = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, head_dim_v))
+    block_dv = max(16, triton.next_power_of_2(head_dim_v))
     for tiles in plan.work:
         block_m = max(16, triton.next_power_of_2(tiles.num_queries * group))
         shape = tiles.items.shape[0], num_kv_heads, block_m
         acc, stats = torch.empty(*shape, block_dv, device=q.device), torch.empty(*shape, 2, device=q.device)
-        _attend_kernel[(tiles.items.shape[0], num_kv_heads)](
-            *(q, k_pool.view(torch.uint8), k_pool.view(torch.float16)),
-            *(v_pool.view(torch.uint8), v_pool.view(torch.float16)),
-            *(packed_table, packed_lens, cu_seqlens_q, acc, stats, tiles.items),
-            *(scale, soft_cap, q.stride(0), q.stride(1), packed_table.stride(0)),
-            *_byte_strides(k_pool, layout.keys, layer),
-            *_byte_strides(v_pool, layout.values, layer),
-            PLACES=layout.places,
-            BS=k_pool.shape[3],
-            BITS=layout.keys.bits,
-            D=head_dim,
-            K_CODING=layout.keys.coding,
-            K_SCALES=keys["NUM_SCALES"],
-            K_PER_TOKEN=keys["PER_TOKEN"],
-            K_CHANNELS=keys["CHANNELS"],
-            DV=head_dim_v,
-            V_CODING=layout.values.coding,
-            V_SCALES=values["NUM_SCALES"],
-            V_PER_TOKEN=values["PER_TOKEN"],
-            V_CHANNELS=values["CHANNELS"],
-            GROUP=group,
-            NUM_QUERIES=tiles.num_queries,
-            BLOCK_M=block_m,
-            BLOCK_N=max(16, min(128, KEY_TILE_BYTES // (4 * max(block_d, block_dv)))),
-            BLOCK_D=block_d,
-            BLOCK_DV=block_dv,
-            HAS_CAP=soft_cap > 0,
-        )
+        tensors = packed_table, packed_lens, cu_seqlens_q, acc, stats, tiles.items
+        numbers = scale, soft_cap, q.stride(0), q.stride(1), packed_table.stride(0)
+        _launch_attend(q, k_pool, v_pool, layout, tensors, numbers, layer, group, tiles.num_queries, block_m)
         merge_kernel[(tiles.tiles.shape[0], num_kv_heads)](
             *(cu_seqlens_q, None, out, lse, acc, stats, tiles.tiles),
             *(num_heads, out.stride(0), out.stride(1)),
@@ -271,6 +249,63 @@ def packed_attention(
             HAS_SINKS=False,
             HAS_LSE=True,
         )
+
+
+def _launch_attend(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, layout: PackedLayout, tensors: tuple[Tensor, ...],
+    numbers: tuple[float, ...], layer: int, group: int, num_queries: int, block_m: int,
+) -> None:  # fmt: skip
+    """Through triton_attend.py where sizes allow it."""
+    sides = layout.keys, layout.values
+    head_dim, head_dim_v = (side.dim for side in sides)
+    grid = tensors[-1].shape[0], k_pool.shape[2]
+    k_strides, v_strides = _byte_strides(k_pool, layout.keys, layer), _byte_strides(v_pool, layout.values, layer)
+    sizes: dict[str, Any] = {
+        "PLACES": layout.places,
+        "BS": k_pool.shape[3],
+        "BITS": layout.keys.bits,
+        "D": head_dim,
+        "K_CODING": layout.keys.coding,
+        "DV": head_dim_v,
+        "V_CODING": layout.values.coding,
+        "GROUP": group,
+        "NUM_QUERIES": num_queries,
+        "BLOCK_M": block_m,
+        "HAS_CAP": numbers[1] > 0,
+    }
+    if suits_words(layout.keys) and suits_words(layout.values):
+        attend_words_kernel[grid](
+            *(q, k_pool.view(torch.int32), k_pool.view(torch.float16)),
+            *(v_pool.view(torch.int32), v_pool.view(torch.float16)),
+            *tensors,
+            *numbers,
+            *(size // 4 for block, unit, _, first in (k_strides, v_strides) for size in (block, unit, first)),
+            K_GROUP_WORDS=layout.keys.group_bytes // 4,
+            V_GROUP_WORDS=layout.values.group_bytes // 4,
+            **sizes,
+            **words_options(layout.keys, layout.values, q.element_size(), block_m),
+        )
+        return
+    keys, values = scale_places(layout.keys), scale_places(layout.values)
+    block_d, block_dv = (max(16, triton.next_power_of_2(side.dim)) for side in sides)
+    _attend_kernel[grid](
+        *(q, k_pool.view(torch.uint8), k_pool.view(torch.float16)),
+        *(v_pool.view(torch.uint8), v_pool.view(torch.float16)),
+        *tensors,
+        *numbers,
+        *k_strides,
+        *v_strides,
+        K_SCALES=keys["NUM_SCALES"],
+        K_PER_TOKEN=keys["PER_TOKEN"],
+        K_CHANNELS=keys["CHANNELS"],
+        V_SCALES=values["NUM_SCALES"],
+        V_PER_TOKEN=values["PER_TOKEN"],
+        V_CHANNELS=values["CHANNELS"],
+        BLOCK_N=max(16, min(128, KEY_TILE_BYTES // (4 * max(block_d, block_dv)))),
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        **sizes,
+    )
 
 
 def _byte_strides(pool: Tensor, side: Side, layer: int) -> tuple[int, int, int, int]:

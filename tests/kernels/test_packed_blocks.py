@@ -322,6 +322,7 @@ ATTENTION_CASES = {
     "soft cap": ({"rows": MIXED[:2]}, {"soft_cap": 2.0}),
     "mqa, odd dims": ({"rows": [(1, 20), (2, 9)], "heads": (3, 1), "dims": (20, 12, 3)}, {}),
     "16 bit": ({"rows": MIXED[:2], "dtype": torch.float16, "q_dtype": torch.float16}, {}),
+    "several tiles": ({"rows": [(1, 150), (3, 70)], "heads": (6, 1), "dims": (64, 128, 16)}, {}),
 }
 
 
