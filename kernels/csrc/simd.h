@@ -195,6 +195,32 @@ KVASIR_INLINE void store_n(T* p, vfloat v, int n) {
 
 // ---- reductions over the lanes, always in the same order (halves are added to each other) ----
 
+#if defined(__AVX2__)
+// In registers; join(a, b) works lane by lane.
+template <class Join>
+KVASIR_INLINE float reduce(vfloat v, Join join) {
+#if defined(__AVX512F__)
+  const __m256 eight = join(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+  const __m256 eight = (__m256)v;
+#endif
+  const __m128 four = join(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = join(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(join(two, _mm_movehdup_ps(two)));
+}
+
+struct Add {
+  KVASIR_INLINE __m256 operator()(__m256 a, __m256 b) const { return _mm256_add_ps(a, b); }
+  KVASIR_INLINE __m128 operator()(__m128 a, __m128 b) const { return _mm_add_ps(a, b); }
+};
+struct Larger {
+  KVASIR_INLINE __m256 operator()(__m256 a, __m256 b) const { return _mm256_max_ps(a, b); }
+  KVASIR_INLINE __m128 operator()(__m128 a, __m128 b) const { return _mm_max_ps(a, b); }
+};
+
+KVASIR_INLINE float reduce_add(vfloat v) { return reduce(v, Add{}); }
+KVASIR_INLINE float reduce_max(vfloat v) { return reduce(v, Larger{}); }
+#else
 KVASIR_INLINE float reduce_add(vfloat v) {
   float lane[kLanes];
   store(lane, v);
@@ -210,6 +236,7 @@ KVASIR_INLINE float reduce_max(vfloat v) {
     for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
   return lane[0];
 }
+#endif
 
 // Lane i of the result is the sum of the lanes of v[i], added in one order for all i; destroys v. Log2(kLanes) rounds of
 // interleaving pairs cost less than kLanes separate reductions.
@@ -257,10 +284,12 @@ KVASIR_INLINE vfloat sum_each(vfloat (&v)[kLanes]) {
 // e^x, relative error below 2e-7; 0 below -87.3, infinity above 88.7; NaN stays NaN.
 // Range reduction x = n ln2 + r with |r| <= ln2 / 2 (ln2 in two parts), then the Taylor-like minimax polynomial of
 // degree 6 (coefficients of Cephes' expf), then the exponent in two factors so that neither overflows.
-KVASIR_INLINE vfloat exp(vfloat x) {
+template <bool kMayBePositive>
+KVASIR_INLINE vfloat exp_of(vfloat x) {
   constexpr float kLow = -87.33654f, kHigh = 88.72283f;
   const vfloat magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vfloat clamped = min(broadcast(89.0f), max(broadcast(-88.0f), x));
+  vfloat clamped = max(broadcast(-88.0f), x);
+  if constexpr (kMayBePositive) clamped = min(broadcast(89.0f), clamped);
   const vfloat shifted = fma(clamped, broadcast(1.44269504088896341f), magic);
   const vfloat n = shifted - magic;
   vfloat r = fma(n, broadcast(-0.693359375f), clamped);
@@ -273,6 +302,7 @@ KVASIR_INLINE vfloat exp(vfloat x) {
   p = fma(p, r, broadcast(5.0000001201e-1f));
   p = fma(p, r * r, r + 1.0f);
   const vint exponent = (vint)shifted - (vint)magic;
+  if constexpr (!kMayBePositive) return x < kLow ? zeros() : p * (vfloat)((exponent + 127) << 23);
   const vint half = exponent >> 1;
   const vfloat scale_a = (vfloat)((half + 127) << 23), scale_b = (vfloat)((exponent - half + 127) << 23);
   vfloat y = p * scale_a * scale_b;
@@ -280,6 +310,11 @@ KVASIR_INLINE vfloat exp(vfloat x) {
   y = x > kHigh ? broadcast(std::numeric_limits<float>::infinity()) : y;
   return x != x ? x : y;
 }
+
+KVASIR_INLINE vfloat exp(vfloat x) { return exp_of<true>(x); }
+
+// The same bits for x <= 0, in fewer steps: from kLow on the exponent needs no second factor. NaN stays NaN.
+KVASIR_INLINE vfloat exp_not_positive(vfloat x) { return exp_of<false>(x); }
 
 // tanh x, relative error below 4e-7; polynomial of Cephes' tanhf below 0.625, else through e^2x.
 KVASIR_INLINE vfloat tanh(vfloat x) {

@@ -174,9 +174,12 @@ struct Panels : linear::Product {
     alignas(64) float block[kMaxRows * kRowStride];
     const int64_t num_blocks = ceil_div(rows, kMaxRows);
     if (num_blocks == 1) {  // memory bounds it: weights are read as one stream
+      const float* chunk = chunk_of_x(row, rows, 0, block);
       for (int64_t p = first_panel; p < end_panel; ++p)
-        for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kChunk)
-          piece(chunk_of_x(row, rows, k0, block), row, rows, p, k0, weights_at(p, k0 + kChunk));
+        for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kChunk) {
+          if (depth > kChunk) chunk = chunk_of_x(row, rows, k0, block);
+          piece(chunk, row, rows, p, k0, weights_at(p, k0 + kChunk));
+        }
       return;
     }
     for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kChunk)  // a chunk of weights stays in the cache for all rows

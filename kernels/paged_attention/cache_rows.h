@@ -35,8 +35,15 @@ void find_rows(const T* cache, int64_t stride_block, const int32_t* table, int64
 
 template <class T>
 void convert_rows(const T* const* from, Range range, int64_t n, int64_t padded, float* copy, const float** to) {
-  for (int j = range.begin; j < range.end; ++j) copy_row(from[j], n, padded, copy + j * padded);
-  for (int j = 0; j < kTileKeys; ++j) to[j] = copy + std::clamp(j, range.begin, range.end - 1) * padded;
+  if (n == padded) {
+    for (int j = range.begin; j < range.end; ++j)
+      for (int64_t d = 0; d < n; d += kLanes) store(copy + j * n + d, load(from[j] + d));
+  } else {
+    for (int j = range.begin; j < range.end; ++j) copy_row(from[j], n, padded, copy + j * padded);
+  }
+  for (int j = 0; j < range.begin; ++j) to[j] = copy + range.begin * padded;
+  for (int j = range.begin; j < range.end; ++j) to[j] = copy + j * padded;
+  for (int j = range.end; j < kTileKeys; ++j) to[j] = copy + (range.end - 1) * padded;
 }
 
 }  // namespace kvasir::attention

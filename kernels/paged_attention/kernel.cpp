@@ -18,12 +18,14 @@ namespace kvasir::attention {
 namespace {
 
 constexpr int kMaxRowsReadInPlace = 8;  // with more rows, converting a 16-bit tile once is cheaper
+constexpr int kDimPerRow = 4;           // with more rows than dim by this, so is laying its keys side by side
 
 thread_local Arena arena;
 
 struct Scratch {
   Rows rows;
   float *q, *k, *v;                             // k, v: float copies of a tile
+  float* transposed;                            // the keys of a tile, side by side
   float *merged, *merged_largest, *merged_sum;  // partials merged so far
   Range* visible;                               // [M] slots that each row sees
   float* single;                                // largest, sum and decay of the rows of one query
@@ -32,11 +34,12 @@ struct Scratch {
     const int64_t count = num_queries * (p.num_heads / p.num_kv_heads), padded = round_up(count, 16);
     const int64_t dim = round_up(p.head_dim, kLanes), dim_v = round_up(p.head_dim_v, kLanes);
     static_assert(sizeof(Range) == 2 * sizeof(float), "ranges are carved from the same memory");
-    float* next = arena.reserve(padded * (dim + 2 * dim_v + kTileKeys + 12) + kTileKeys * (dim + dim_v));
+    float* next = arena.reserve(padded * (dim + 2 * dim_v + kTileKeys + 12) + kTileKeys * (2 * dim + dim_v));
     const auto take = [&next](int64_t n) { return std::exchange(next, next + n); };
     q = take(padded * dim);
     k = take(kTileKeys * dim);
     v = take(kTileKeys * dim_v);
+    transposed = take(kTileKeys * dim);
     float* s = take(padded * kTileKeys);
     float* acc = take(padded * dim_v);
     merged = take(padded * dim_v);
@@ -192,14 +195,19 @@ void run_tile(const Params& p, const Scratch& scratch, int64_t slot, Range range
                      int(std::min<int64_t>(scratch.visible[m].end - slot, range.end))};
   }
   const bool whole_vectors = rows.dim == p.head_dim && rows.dim_v == p.head_dim_v;
+  const float* transposed = nullptr;
+  if (kCanTranspose && whole_vectors && rows.count > std::max(kMaxRowsReadInPlace, rows.dim / kDimPerRow)) {
+    transpose_keys(tile.keys, rows.dim, range, scratch.transposed);
+    transposed = scratch.transposed;
+  }
   if (whole_vectors && (std::is_same_v<T, float> || rows.count <= kMaxRowsReadInPlace)) {
-    add_tile(rows, tile, next, p.scale, p.soft_cap);
+    add_tile(rows, tile, next, p.scale, p.soft_cap, transposed);
     return;
   }
   TileRows<float> copy;
-  convert_rows(tile.keys, range, p.head_dim, rows.dim, scratch.k, copy.keys);
+  if (transposed == nullptr) convert_rows(tile.keys, range, p.head_dim, rows.dim, scratch.k, copy.keys);
   convert_rows(tile.values, range, p.head_dim_v, rows.dim_v, scratch.v, copy.values);
-  add_tile<float>(rows, copy, nullptr, p.scale, p.soft_cap);
+  add_tile<float>(rows, copy, nullptr, p.scale, p.soft_cap, transposed);
 }
 
 // Where the tokens of a tree's queries are: from slot `before` on, every query reads the slots on its own path.

@@ -75,6 +75,69 @@ KVASIR_INLINE void score_rows(const float* q, const T* const* keys, int dim, int
   }
 }
 
+// ---- scores from keys that lie side by side: no sums across lanes, worth it where many rows share a tile ----
+
+constexpr bool kCanTranspose = kLanes == 16;  // of 16 registers, sums would leave none for keys
+
+// kLanes elements from d on of each of kLanes rows -> out [kLanes][kLanes], out[i][j] = rows[j][d + i].
+template <class T>
+KVASIR_INLINE void transpose(const T* const* rows, int d, float* out) {
+  vint low, high;  // of two vectors: their lower and upper halves interleaved
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  vfloat v[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) v[i] = load(rows[i] + d);
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+    vfloat mixed[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      mixed[2 * i] = __builtin_shuffle(v[i], v[i + kLanes / 2], low);
+      mixed[2 * i + 1] = __builtin_shuffle(v[i], v[i + kLanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) v[i] = mixed[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store(out + i * kLanes, v[i]);
+}
+
+// The keys of a tile, in the blocks of kLanes that hold some of the range -> out [blocks][dim][kLanes].
+template <class T>
+void transpose_keys(const T* const* keys, int dim, Range range, float* out) {
+  for (int j = range.begin / kLanes * kLanes; j < range.end; j += kLanes)
+    for (int d = 0; d < dim; d += kLanes) transpose(keys + j, d, out + j * dim + d * kLanes);
+}
+
+// kRows rows against kLanes keys. What score_block holds in lane l is summed alone, and the sums are added as sum_each
+// adds the lanes: so the bits are the same.
+template <int kRows>
+KVASIR_INLINE void score_transposed(const float* q, const float* keys, int dim, float* s) {
+  vfloat total[kRows][kLanes / 4];
+#pragma GCC unroll 4
+  for (int quarter = 0; quarter < kLanes / 4; ++quarter) {
+    vfloat sum[4][kRows] = {};
+    for (int d = 4 * quarter; d < dim; d += kLanes)
+#pragma GCC unroll 4
+      for (int l = 0; l < 4; ++l) {
+        const vfloat key = load(keys + (d + l) * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) sum[l][r] = fma(broadcast(q[r * dim + d + l]), key, sum[l][r]);
+      }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) total[r][quarter] = (sum[0][r] + sum[2][r]) + (sum[1][r] + sum[3][r]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    vfloat all = total[r][0] + total[r][1];
+    if constexpr (kCanTranspose) all = all + (total[r][2] + total[r][3]);
+    store(s + r * kTileKeys, all);
+  }
+}
+
 // ---- softmax: scores to weights, one row ----
 
 // Scales (and caps) the visible scores in place, sets the other lanes of their vectors to -inf; returns the largest.
@@ -101,7 +164,7 @@ KVASIR_INLINE float weigh_row(float* s, Range range, Range tile, float largest) 
   for (int j = last; j < tile.end; ++j) s[j] = 0;
   vfloat sum = zeros();
   for (int j = first; j < last; j += kLanes) {
-    const vfloat p = exp(load(s + j) - largest);
+    const vfloat p = exp_not_positive(load(s + j) - largest);
     sum = sum + p;
     store(s + j, p);
   }
@@ -142,6 +205,9 @@ KVASIR_INLINE void value_rows(const float* p, const T* const* values, Range rang
   int column = 0;
   for (; column + kColumns * kLanes <= dim; column += kColumns * kLanes)
     value_block<T, kRows, kColumns>(p, values, range, decay, acc, dim, column);
+  // Heads of 32 with AVX-512: two columns side by side, or the sums would wait for each other.
+  for (; kColumns > 2 && column + 2 * kLanes <= dim; column += 2 * kLanes)
+    value_block<T, kRows, 2>(p, values, range, decay, acc, dim, column);
   for (; column < dim; column += kLanes) value_block<T, kRows, 1>(p, values, range, decay, acc, dim, column);
 }
 
@@ -183,11 +249,18 @@ KVASIR_INLINE void for_row_blocks(int count, Fn fn) {
   if (r < count) fn(r, std::integral_constant<int, 1>{});
 }
 
-// Adds one tile to the rows (online softmax); `next` as in score_rows.
+// Adds one tile to the rows (online softmax); `next` as in score_rows. `transposed`, unless null, is what
+// transpose_keys made of the keys; those of the tile are not read then.
 template <class T>
-void add_tile(const Rows& rows, const TileRows<T>& tile, const TileRows<T>* next, float scale, float soft_cap) {
+void add_tile(const Rows& rows, const TileRows<T>& tile, const TileRows<T>* next, float scale, float soft_cap,
+              const float* transposed = nullptr) {
   for_row_blocks(rows.count, [&](int r, auto size) {
     const Range seen = union_of(rows.range + r, size);
+    if (transposed != nullptr) {
+      for (int j = seen.begin / kLanes * kLanes; j < seen.end; j += kLanes)
+        score_transposed<size>(rows.q + r * rows.dim, transposed + j * rows.dim, rows.dim, rows.s + r * kTileKeys + j);
+      return;
+    }
     score_rows<T, size>(rows.q + r * rows.dim, tile.keys, rows.dim, rows.dim_v, seen, rows.s + r * kTileKeys,
                         r == 0 ? next : nullptr);
   });
