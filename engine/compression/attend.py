@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 import kernels
 from engine.compression.base import EvidenceKind
 from engine.models.batch import ForwardBatch, KVCache
+from kernels.decoder_step import PackedTokens
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,10 @@ class Segment(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
         """Writes keys and values [T, H_kv, D] of the segment's tokens to the cache and their attention to `out`."""
 
+    def packed(self) -> Sequence[PackedTokens] | None:
+        """See `engine.models.batch.AttentionHook`, of the segment's rows. None for those who do not say."""
+        return None
+
 
 class MixedAttention:
     """See `engine.models.batch.AttentionHook`. The segments cover all rows."""
@@ -60,6 +66,16 @@ class MixedAttention:
             tokens = segment.rows.tokens
             segment.attend(layer, q[tokens], k[tokens], v[tokens], out[tokens], options)
         return out
+
+    def packed(self) -> Sequence[PackedTokens] | None:
+        """See `engine.models.batch.AttentionHook`."""
+        found: list[PackedTokens] = []
+        for segment in self._segments:
+            own = segment.packed()
+            if own is None:
+                return None
+            found += own
+        return found
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,7 @@ def plan_rows(batch: ForwardBatch, rows: RowRange, seq_lens: Tensor, num_kv_head
     )
 
 
-class TableSegment:
+class TableSegment(Segment):
     """Rows with one block table each, and the probabilities that some of them, the first ones, ask for.
 
     `staged` has, for each `Scored`, one [C, R, H_kv, S] float32 per layer, complete after the last layer.
@@ -157,10 +173,17 @@ class TableSegment:
         self._table = batch.block_table[rows.rows]
         self._seq_lens = batch.seq_lens[rows.rows]
         self._num_slots = [int(batch.seq_lens[group.rows.rows].max()) for group in scored]
-        if rows.num_rows == len(batch.seq_lens):
-            self._plan = batch.attention_plan
-        else:
-            self._plan = plan_rows(batch, rows, self._seq_lens, cache.k.shape[2])
+        self._batch = batch
+
+    @cached_property
+    def _plan(self) -> kernels.AttentionPlan:
+        if self.rows.num_rows == len(self._batch.seq_lens):
+            return self._batch.attention_plan
+        return plan_rows(self._batch, self.rows, self._seq_lens, self._cache.k.shape[2])
+
+    def packed(self) -> Sequence[PackedTokens] | None:
+        """See `Segment`."""
+        return None if self._scored or self._recorders else ()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
         """See `Segment`."""
@@ -187,7 +210,7 @@ class TableSegment:
         return slice(tokens.start - self.rows.tokens.start, tokens.stop - self.rows.tokens.start)
 
 
-class SplitSegment:
+class SplitSegment(Segment):
     """Rows with a table per layer, or per layer and kv head, over parts of blocks.
 
     tables  [L, R, MB] or [L, R, H_kv, MB] int32, of parts

@@ -160,6 +160,9 @@ class _Plain:
         ]
         return torch.cat(parts).transpose(0, 1).to(q.dtype).contiguous()
 
+    def packed(self) -> None:
+        """Nothing that the native step does."""
+
 
 def _softmax(
     q: Tensor, k: Tensor, head: int, scale: float, window: int, soft_cap: float, sinks: Tensor | None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from engine.compression.attend import RowRange, Scored, plan_rows, score
+from engine.compression.attend import RowRange, Scored, Segment, plan_rows, score
 from engine.compression.writing import Codec
 from engine.models.batch import ForwardBatch, KVCache
 from engine.scheduling.compression import PackedClass
@@ -93,7 +93,7 @@ class ClassRows:
         return ClassSegment(self._cache, batch, RowRange.of(batch, first, len(chunks)), rows, scored)
 
 
-class ClassSegment:
+class ClassSegment(Segment):
     """`staged`: of each layer [C, R, H_kv, S] float32, what `scored` asks for of the slots that are not packed."""
 
     def __init__(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from engine.compression.attend import RowRange
+from engine.compression.attend import RowRange, Segment
 from engine.compression.base import (
     HiddenPolicy,
     Part,
@@ -149,7 +149,7 @@ class _Lists:
         return torch.cat(self.tokens), *_joined(self.tables, self.lens)
 
 
-class HookedSegment:
+class HookedSegment(Segment):
     """See `engine.compression.attend.Segment`; also told of hidden states."""
 
     def __init__(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 import kernels
-from engine.compression.attend import RowRange, plan_rows
+from engine.compression.attend import RowRange, Segment, plan_rows
 from engine.models.batch import ForwardBatch, KVCache
 from engine.scheduling.plan import Chunk
+from kernels.decoder_step import PackedTokens
 
 
 @dataclass(slots=True)
@@ -102,7 +104,7 @@ class PackedRows:
         return PackedSegment(self._cache, batch, RowRange.of(batch, first, len(rows)), rows[0].format, *tensors)
 
 
-class PackedSegment:
+class PackedSegment(Segment):
     """Rows with packed tokens and, in an ordinary block table, the newer ones: two parts, merged.
 
     table  [R, MBp] int32 on the CPU
@@ -117,10 +119,32 @@ class PackedSegment:
         device = cache.k.device
         self._slots = batch.slots[rows.tokens]
         self._where = batch.block_table[rows.rows], batch.seq_lens[rows.rows], rows.starts
+        self._batch, self._lens = batch, lens
         self._packed_where = table.to(device), lens.to(device), rows.starts
-        heads: dict[str, Any] = {"num_kv_heads": cache.k.shape[2], "device": device}
-        self._plan = plan_rows(batch, rows, self._where[1], cache.k.shape[2])
-        self._packed_plan = kernels.plan_packed_attention(rows.starts.cpu(), lens, **heads)
+
+    @cached_property
+    def _plan(self) -> kernels.AttentionPlan:
+        return plan_rows(self._batch, self.rows, self._where[1], self._cache.k.shape[2])
+
+    @cached_property
+    def _packed_plan(self) -> kernels.AttentionPlan:
+        cache = self._cache
+        return kernels.plan_packed_attention(
+            self.rows.starts.cpu(), self._lens, num_kv_heads=cache.k.shape[2], device=cache.k.device
+        )
+
+    def packed(self) -> Sequence[PackedTokens] | None:
+        """See `engine.compression.attend.Segment`."""
+        table, lens, starts = self._packed_where
+        tokens = PackedTokens(
+            tokens=self.rows.tokens,
+            table=table,
+            lens=lens,
+            cu_seqlens_q=starts,
+            format=self._format,
+            plan=self._packed_plan,
+        )
+        return [tokens] if tokens.fits else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
         """See `engine.compression.attend.Segment`. No layer has a window: such models are refused."""

@@ -83,3 +83,6 @@ class _Watching:
             layer, q, k, v, out, {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
         )
         return out
+
+    def packed(self) -> None:
+        """Nothing that the native step does."""

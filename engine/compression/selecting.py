@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from engine.compression.attend import RowRange
+from engine.compression.attend import RowRange, Segment
 from engine.compression.quest import Quest, select_blocks
 from engine.compression.raas import RaaS
 from engine.models.batch import ForwardBatch, KVCache
@@ -134,7 +134,7 @@ class _Look:
     slots: list[Tensor] = field(default_factory=list)
 
 
-class BoundedSegment:
+class BoundedSegment(Segment):
     """Rows of few queries, each of which chooses on its own. The first layers read all blocks, the others those with
     the highest bounds.
 

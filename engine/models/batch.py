@@ -6,6 +6,7 @@ D head_dim, MB blocks per row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import AttentionPlan, LoraPlan
+from kernels.decoder_step import PackedTokens
 
 
 class SeenHidden(NamedTuple):
@@ -36,6 +38,9 @@ class AttentionHook(Protocol):
         """q [T, H, D], k [T, H_kv, D], v [T, H_kv, Dv], rotated. Writes keys and values to the cache, then attends:
         [T, H, Dv].
         """
+
+    def packed(self) -> Sequence[PackedTokens] | None:
+        """What `attend` does with the batch's own tables, if that is all but for these packed tokens; None if not."""
 
 
 class WriteHook(Protocol):

@@ -7,6 +7,7 @@ Shape letters: T tokens, C hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from engine.models.native_step import native_step
 from engine.models.rope import RopeTable, build_rope_table
 from engine.models.watched import run_watched
 from engine.models.weights import WeightSource, num_parameters
+from kernels.decoder_step import PackedTokens
 from kernels.decoder_step.chain import DecoderChain
 from kernels.linear import BF16, PackedLinear, pack_linear
 
@@ -78,7 +80,8 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states [T, C] after the final norm; writes keys and values of the batch's tokens into `cache`."""
-        if self._step is not None and batch.adapters is None and batch.attention is None:
+        packed = _packed_tokens(batch)
+        if self._step is not None and batch.adapters is None and packed is not None:
             return self._step(
                 batch.token_ids,
                 batch.positions,
@@ -89,6 +92,7 @@ class Decoder:
                 cache.k,
                 cache.v,
                 batch.attention_plan.paths,
+                packed,
             )
         return self._forward_by_operations(batch, cache)
 
@@ -169,6 +173,13 @@ class Decoder:
             "step": "one native call" if self._step is not None else "operation by operation",
             "rope": "; ".join(dict.fromkeys(rope.choice for rope in self._ropes)),
         }
+
+
+def _packed_tokens(batch: ForwardBatch) -> Sequence[PackedTokens] | None:
+    """What rows have in packed blocks, where attention is as usual otherwise and nobody looks on; else None."""
+    if batch.writes is not None or batch.watcher is not None:
+        return None
+    return () if batch.attention is None else batch.attention.packed()
 
 
 def build_decoder(

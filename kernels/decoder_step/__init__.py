@@ -17,9 +17,11 @@ from torch import Tensor
 
 from kernels import backend, native
 from kernels.act_and_mul import ACTIVATIONS
-from kernels.decoder_step.structures import Batch, Embedding, Layer, Pool, Program, linear_of
+from kernels.decoder_step.structures import Batch, Embedding, Layer, PackedPart, Pool, Program, linear_of
 from kernels.linear.packed import PackedLinear
 from kernels.native import DTYPE_CODES, INT, PTR
+from kernels.packed_blocks.cpp_impl import Work, packed_structure
+from kernels.paged_attention.plan import AttentionPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,29 @@ class DecoderWeights:
     attention_soft_cap: float  # 0: off
     residual_multiplier: float
     embedding_multiplier: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTokens:
+    """What neighbouring rows of a step have in packed blocks besides: as for `kernels.packed_attention`, on the host.
+
+    tokens        of the step, that are theirs
+    table         [R', MBp] int32, rows contiguous
+    lens          [R'] int32
+    cu_seqlens_q  [R' + 1] int32, from 0
+    """
+
+    tokens: slice
+    table: Tensor
+    lens: Tensor
+    cu_seqlens_q: Tensor
+    format: str
+    plan: AttentionPlan
+
+    @property
+    def fits(self) -> bool:
+        """Whether the native step can take them: where they are so many that they are done in waves, it cannot."""
+        return isinstance(self.plan.work, Work) and len(self.plan.work.waves) == 1
 
 
 class DecoderStep:
@@ -111,6 +136,7 @@ class DecoderStep:
         k_cache: Tensor,
         v_cache: Tensor,
         paths: Tensor | None = None,
+        packed: Sequence[PackedTokens] = (),
     ) -> Tensor:
         """Hidden states [T, C] fp32 after the last norm; the tokens' keys and values are in the caches then.
 
@@ -119,6 +145,7 @@ class DecoderStep:
         block_table                  [R, MB] int32, rows contiguous
         k_cache, v_cache             [NB, L, H_kv, BS, D] float, contiguous, of one type
         paths                        [T, W] int32: `AttentionPlan.paths`, where some rows are trees
+        packed                       of rows that have packed tokens, all of which `fits`
         All but block_table are contiguous. Positions, slots and block ids are not checked.
         Raises IndexError for a token id outside of the vocabulary, before anything is written.
         """
@@ -138,6 +165,9 @@ class DecoderStep:
         batch.num_rows = seq_lens.shape[0]
         batch.num_threads = native.num_threads()
         batch.hidden = hidden.data_ptr()
+        parts = (PackedPart * len(packed))(*(_packed_part(part, k_cache, v_cache) for part in packed))
+        batch.parts = ctypes.addressof(parts)
+        batch.num_parts = len(packed)
         program, batch_address = self._addresses
         bad = self._run(program, ctypes.addressof(self.pool(k_cache, v_cache)), batch_address)
         if bad >= 0:
@@ -193,6 +223,26 @@ def obstacle(weights: DecoderWeights) -> str | None:
         if sizes[0] != first.qkv.in_features or sizes[-1] != first.down.in_features:
             return "layers differ in size"
     return None
+
+
+def _packed_part(part: PackedTokens, k_cache: Tensor, v_cache: Tensor) -> PackedPart:
+    tokens, rotated = packed_structure(k_cache, v_cache, part.format)
+    (wave,) = part.plan.work.waves
+    return PackedPart(
+        tokens=tokens,
+        table=part.table.data_ptr(),
+        lens=part.lens.data_ptr(),
+        cu_seqlens_q=part.cu_seqlens_q.data_ptr(),
+        items=wave.items.data_ptr(),
+        merges=wave.merges.data_ptr(),
+        first_token=part.tokens.start,
+        num_tokens=part.tokens.stop - part.tokens.start,
+        table_stride=part.table.stride(0),
+        num_items=len(wave.items),
+        num_merges=len(wave.merges),
+        num_partials=wave.num_partials,
+        rotated=rotated,
+    )
 
 
 def _layer(layer: LayerWeights) -> Layer:

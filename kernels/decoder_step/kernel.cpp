@@ -8,8 +8,11 @@
 #include <vector>
 
 #include "../act_and_mul/row.h"
+#include "../hadamard/transform.h"
 #include "../kv_write/token.h"
 #include "../linear/product.h"
+#include "../merge_attention/head.h"
+#include "../packed_blocks/attention.h"
 #include "../paged_attention/attention.h"
 #include "../rms_norm/row.h"
 #include "arena.h"
@@ -87,7 +90,8 @@ class Step {
   Step(const Program& program, const Pool& pool, const Batch& batch)
       : p_(program), pool_(pool), b_(batch), work_(attention_work), x_(batch.hidden) {
     const int64_t query_size = p_.num_heads * p_.head_dim, qkv_size = query_size + 2 * p_.num_kv_heads * p_.head_dim;
-    const int64_t mlp = std::max(2 * p_.intermediate_size, qkv_size + query_size);
+    const int64_t packed_size = b_.num_parts == 0 ? 0 : 2 * query_size + 2 * p_.num_heads;
+    const int64_t mlp = std::max(2 * p_.intermediate_size, qkv_size + query_size + packed_size);
     float* next = arena.reserve(b_.num_tokens * (2 * p_.hidden_size + mlp + p_.intermediate_size));
     const auto take = [&](int64_t size) { return std::exchange(next, next + b_.num_tokens * size); };
     residual_ = take(p_.hidden_size);
@@ -96,6 +100,10 @@ class Step {
     gate_up_ = next;  // attention's buffers share the memory: both are never needed together
     qkv_ = take(qkv_size);
     attended_ = take(query_size);
+    if (packed_size) {
+      part_ = take(query_size), rotated_ = take(query_size);
+      lse_ = take(p_.num_heads), part_lse_ = take(p_.num_heads);
+    }
     plan();
   }
 
@@ -131,7 +139,9 @@ class Step {
     threads_ = std::clamp<int64_t>(work / kStepWorkPerThread, 1, b_.num_threads);
     attention_threads_ = std::clamp<int64_t>(attention / kAttentionWorkPerThread, 1, threads_);
     work_.plan(b_, p_.num_kv_heads, attention_threads_);
-    work_.partials.resize(work_.num_partials * p_.num_heads * (p_.head_dim + 2));
+    int64_t num_partials = work_.num_partials;  // packed parts run after the others, one after the other
+    for (int64_t i = 0; i < b_.num_parts; ++i) num_partials = std::max(num_partials, b_.parts[i].num_partials);
+    work_.partials.resize(num_partials * p_.num_heads * (p_.head_dim + 2));
   }
 
   // task(t) for each token, whose work is on `size` elements.
@@ -210,6 +220,7 @@ class Step {
     a.seq_lens = b_.seq_lens;
     a.cu_seqlens_q = b_.cu_seqlens_q;
     a.out = attended_;
+    a.lse = b_.num_parts ? lse_ : nullptr;
     a.items = (const int32_t*)work_.items.data();
     a.merges = (const int32_t*)work_.merges.data();
     a.partial_acc = work_.partials.data();
@@ -228,6 +239,53 @@ class Step {
                  [&](int64_t i) { attention::run_item(a, i / kv_heads, i % kv_heads); });
     parallel_for(int64_t(work_.merges.size()) * kv_heads, attention_threads_,
                  [&](int64_t i) { attention::run_merge(a, i / kv_heads, i % kv_heads); });
+    for (int64_t i = 0; i < b_.num_parts; ++i) attend_packed(b_.parts[i], index, a);
+  }
+
+  // Merges attention over packed tokens into `attended_`. of_others: the attention that was before.
+  void attend_packed(const PackedPart& part, int64_t index, const attention::Params& of_others) {
+    const int64_t d = p_.head_dim, heads = p_.num_heads, kv_heads = p_.num_kv_heads, size = heads * d;
+    const int64_t first = part.first_token;
+    packed::Packed tokens = part.tokens;
+    tokens.layer = index;
+    attention::Params a = of_others;
+    a.q = qkv_ + first * a.q_stride_token;
+    if (part.rotated) {
+      const float scale = 1.0f / float(part.rotated);
+      for_part(part, size, [&](int64_t t) {
+        float* to = rotated_ + t * size;
+        std::copy_n(qkv_ + t * a.q_stride_token, size, to);
+        for (int64_t at = 0; at < size; at += part.rotated) hadamard::transform(to + at, part.rotated);
+        for (int64_t i = 0; i < size; ++i) to[i] *= scale;
+      });
+      a.q = rotated_ + first * size;
+      a.q_stride_token = size;
+    }
+    a.k_cache = a.v_cache = nullptr;
+    a.block_table = part.table, a.seq_lens = part.lens, a.cu_seqlens_q = part.cu_seqlens_q;
+    a.paths = nullptr;
+    a.out = part_ + first * size, a.lse = part_lse_ + first * heads;
+    a.items = part.items, a.merges = part.merges;
+    a.partial_stats = work_.partials.data() + part.num_partials * heads * d;
+    a.table_stride_row = part.table_stride, a.lens_stride_row = 0;
+    a.k_stride_head = a.v_stride_head = 0;
+    a.window = 0;
+    parallel_for(part.num_items * kv_heads, attention_threads_,
+                 [&](int64_t i) { packed::run_item(a, tokens, i / kv_heads, i % kv_heads); });
+    parallel_for(part.num_merges * kv_heads, attention_threads_,
+                 [&](int64_t i) { attention::run_merge(a, i / kv_heads, i % kv_heads); });
+    for_part(part, size, [&](int64_t t) {
+      for (int64_t head = 0; head < heads; ++head)
+        attention::merge_head(attended_ + t * size + head * d, part_ + t * size + head * d, d, lse_[t * heads + head],
+                              part_lse_[t * heads + head]);
+    });
+  }
+
+  // task(t) for each token of a part, whose work is on `size` elements.
+  template <class Task>
+  void for_part(const PackedPart& part, int64_t size, const Task& task) const {
+    parallel_for_runs(part.num_tokens, size, kElementsPerThread, threads_,
+                      [&](int64_t t) { task(part.first_token + t); });
   }
 
   // Adds what a block gave to the residual stream, and makes the next block's input of the sum.
@@ -250,6 +308,7 @@ class Step {
   AttentionWork& work_;
   int64_t threads_ = 1, attention_threads_ = 1;
   float *residual_, *branch_, *qkv_, *attended_, *gate_up_, *activated_;
+  float *part_, *rotated_, *lse_, *part_lse_;  // only where some rows have packed tokens
   float* x_;  // input of the next block: the output's memory, or the residual stream where no norm precedes
 };
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../packed_blocks/attention.h"
+
 namespace kvasir::decoder {
 
 // Field by field the structures of structures.py.
@@ -33,10 +35,20 @@ struct Pool {
   void *k, *v;
   int64_t dtype, block_size, stride_block, stride_layer, stride_head;
 };
+// Neighbouring rows that have packed tokens besides: attention over these is merged with that over the others.
+struct PackedPart {
+  packed::Packed tokens;                          // its layer is the step's
+  const int32_t *table, *lens, *cu_seqlens_q;     // of these rows; their tokens count from 0
+  const int32_t *items, *merges;                  // as of attention::Params
+  int64_t first_token, num_tokens, table_stride, num_items, num_merges, num_partials;
+  int64_t rotated;  // entries of a query that are mixed with each other, as those of the keys were; 0: none
+};
 struct Batch {
   const int64_t *token_ids, *positions, *slots;
   const int32_t *cu_seqlens_q, *seq_lens, *block_table, *paths;
   int64_t table_stride, paths_stride, num_tokens, num_rows, num_threads;
+  const PackedPart* parts;
+  int64_t num_parts;
   float* hidden;
 };
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from kernels.linear.packed import PackedLinear
 from kernels.native import FLOAT, INT, PTR
+from kernels.packed_blocks.cpp_impl import Packed
 
 
 class Structure(ctypes.Structure):
@@ -54,11 +55,22 @@ class Pool(Structure):
     )
 
 
+class PackedPart(Structure):
+    _fields_ = (
+        ("tokens", Packed),
+        *((name, PTR) for name in ("table", "lens", "cu_seqlens_q", "items", "merges")),
+        *((name, INT) for name in ("first_token", "num_tokens", "table_stride", "num_items", "num_merges")),
+        *((name, INT) for name in ("num_partials", "rotated")),
+    )
+
+
 class Batch(Structure):
     _fields_ = (
         *((name, PTR) for name in ("token_ids", "positions", "slots", "cu_seqlens_q", "seq_lens", "block_table")),
         ("paths", PTR),
         *((name, INT) for name in ("table_stride", "paths_stride", "num_tokens", "num_rows", "num_threads")),
+        ("parts", PTR),
+        ("num_parts", INT),
         ("hidden", PTR),
     )
 

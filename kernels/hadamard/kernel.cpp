@@ -3,6 +3,7 @@
 #include "dispatch.h"
 #include "simd.h"
 #include "team.h"
+#include "transform.h"
 
 namespace {
 
@@ -11,18 +12,6 @@ using namespace kvasir;
 constexpr int64_t kElementsPerThread = 65536;  // that are worth waking a thread
 
 thread_local Arena arena;
-
-void transform(float* x, int64_t size) {
-  for (int64_t distance = 1; distance < size; distance *= 2)
-    for (int64_t start = 0; start < size; start += 2 * distance) {
-      float *first = x + start, *second = first + distance;
-      for (int64_t i = 0; i < distance; ++i) {
-        const float a = first[i], b = second[i];
-        first[i] = a + b;
-        second[i] = a - b;
-      }
-    }
-}
 
 }  // namespace
 
@@ -34,7 +23,7 @@ KVASIR_EXPORT void kvasir_hadamard(const void* x, int64_t num_rows, int64_t size
     parallel_for_runs(num_rows, size, kElementsPerThread, num_threads, [&](int64_t row) {
       float* y = arena.reserve(size);
       for (int64_t i = 0; i < size; ++i) y[i] = to_float(((const T*)x)[row * size + i]);
-      transform(y, size);
+      hadamard::transform(y, size);
       for (int64_t i = 0; i < size; ++i) ((T*)out)[row * size + i] = from_float<T>(y[i] * scale);
     });
   });

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
+from kernels.hadamard import hadamard_size
 from kernels.packed_blocks.layout import CODINGS, VALUE_GROUP, PackedLayout, packed_layout
 from kernels.packed_blocks.layout import Side as SideLayout
 from kernels.paged_attention.cpp_impl import MIN_WORK_PER_THREAD, SPLIT_KEYS, TILE_QUERIES, Params
@@ -175,6 +176,12 @@ def packed_attention(
         native.function("kvasir_packed_attention", native.PTR, native.PTR)(
             ctypes.addressof(params), ctypes.addressof(packed)
         )
+
+
+def packed_structure(k_pool: Tensor, v_pool: Tensor, format: str) -> tuple[Packed, int]:
+    """For native callers, of layer 0; and how many entries of a query must be mixed, 0 for none."""
+    keys, values, layout = _pools(k_pool, v_pool, format)
+    return Packed(keys, values, 0, layout.places), hadamard_size(k_pool.shape[4]) if layout.is_rotated else 0
 
 
 def _pools(k_pool: Tensor, v_pool: Tensor, format: str) -> tuple[Pool, Pool, PackedLayout]:

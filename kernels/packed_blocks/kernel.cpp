@@ -3,9 +3,8 @@
 // for bit that of paged attention over the unpacked tokens, alone or among others.
 #include <algorithm>
 
-#include "../paged_attention/attention.h"
 #include "arena.h"
-#include "codes.h"
+#include "attention.h"
 #include "dispatch.h"
 #include "team.h"
 
@@ -13,19 +12,11 @@ namespace {
 
 using namespace kvasir;
 using attention::kSplitKeys;
+using packed::Packed;
+using packed::Pool;
 using packed::Side;
 
 thread_local Arena arena;
-
-// A pool of keys or values [NB, L, H_kv, bytes]; field by field the Pool of cpp_impl.py.
-struct Pool {
-  Side side;
-  uint8_t* data;
-  int64_t num_layers, num_heads, unit_bytes;
-  uint8_t* unit(int64_t block, int64_t layer, int64_t head) const {
-    return data + ((block * num_layers + layer) * num_heads + head) * unit_bytes;
-  }
-};
 
 constexpr int64_t kElementsPerThread = 32768;  // that are worth waking a thread
 
@@ -42,12 +33,6 @@ void seal_unit(const Pool& pool, const void* from, int64_t dtype, int64_t unit, 
 
 // ---- attention ----
 
-// A row's packed tokens; field by field the Packed of cpp_impl.py.
-struct Packed {
-  Pool keys, values;
-  int64_t layer, places;
-};
-
 // Tokens [begin, end) of a row's kv head to floats.
 void unpack_range(const Pool& pool, const int32_t* table, int64_t places, int64_t layer, int64_t head, int64_t begin,
                   int64_t end, float* to) {
@@ -61,6 +46,10 @@ void unpack_range(const Pool& pool, const int32_t* table, int64_t places, int64_
     token += count;
   }
 }
+
+}  // namespace
+
+namespace kvasir::packed {
 
 // An item has one split; each of its queries writes a partial as if it were alone.
 void run_item(const attention::Params& p, const Packed& packed, int64_t i, int64_t kv_head) {
@@ -93,7 +82,7 @@ void run_item(const attention::Params& p, const Packed& packed, int64_t i, int64
   }
 }
 
-}  // namespace
+}  // namespace kvasir::packed
 
 // Unit-wise over n blocks: ids are [n] each. origin: blocks of the same shape as the pool's, of type origin_dtype.
 KVASIR_EXPORT void kvasir_seal_blocks(const Pool* pool, const void* origin, int64_t origin_dtype, const int64_t* source,
@@ -119,9 +108,9 @@ KVASIR_EXPORT void kvasir_unpack_blocks(const Pool* pool, const int64_t* blocks,
 }
 
 // p: as for paged attention, with block_table and seq_lens those of packed tokens and no caches.
-KVASIR_EXPORT void kvasir_packed_attention(const attention::Params* p, const Packed* packed) {
+KVASIR_EXPORT void kvasir_packed_attention(const attention::Params* p, const Packed* tokens) {
   parallel_for(p->num_items * p->num_kv_heads, p->num_threads,
-               [&](int64_t i) { run_item(*p, *packed, i / p->num_kv_heads, i % p->num_kv_heads); });
+               [&](int64_t i) { packed::run_item(*p, *tokens, i / p->num_kv_heads, i % p->num_kv_heads); });
   parallel_for(p->num_merges * p->num_kv_heads, p->num_threads,
                [&](int64_t i) { attention::run_merge(*p, i / p->num_kv_heads, i % p->num_kv_heads); });
 }

@@ -184,7 +184,8 @@ def _decoder_bench(
         torch.arange(num_rows + 1, dtype=torch.int32),
         torch.full((num_rows,), DECODER_CONTEXT, dtype=torch.int32),
         table,
-        *pool,
+        pool[0],
+        pool[1],
     )
     inputs = [[torch.randn(num_rows, weight.shape[1]) for weight in weights] for weights in dense]
 

@@ -9,8 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from torch import Tensor
 
 from engine.compression import registry
+from engine.compression.attend import MixedAttention
 from engine.compression.base import CacheShape
 from engine.compression.formats import PackedPolicy
 from engine.compression.resolver import Policies
@@ -23,6 +25,8 @@ from engine.models.batch import KVSpec, Model
 from engine.scheduling.compression import CachePlan
 from engine.scheduling.invariants import check_invariants
 from engine.types import EngineRequest, SamplingParams
+from kernels import native
+from kernels.decoder_step import DecoderStep
 from tests.compression.test_in_engine import answers_of, poisoned, preempting, tokens
 from tests.e2e.driving import BLOCK_SIZE, core_for, run
 
@@ -82,6 +86,35 @@ def test_a_preempted_request_goes_through_the_same_states_again(mimir: Model, fo
     core.step = poisoned(core)  # type: ignore[method-assign]
     preempting(core, every=9)
     assert tokens(run(core, some(format))) == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("format", [*FORMATS, "kivi4_plain"])
+def test_packed_rows_in_the_native_step_have_the_bits_of_the_operations(
+    mimir: Model, monkeypatch: pytest.MonkeyPatch, format: str, threads: int
+) -> None:
+    """Beside whole rows and rows of another format, contexts of more than one split, and guesses, right and wrong."""
+    monkeypatch.setattr(native, "num_threads", lambda: threads)
+    policy = {"name": "kivi", "rotate": False} if format == "kivi4_plain" else FORMATS[format]
+    wanted: dict[str, Any] = {"logprobs": 2, "max_tokens": 40}
+    requests = [request("long", 330, 1, policy, **wanted), request("short", 40, 2, policy, **wanted)]
+    requests += [request("whole", 52, 3, None, **wanted), request("other", 90, 4, {"name": "int8"}, **wanted)]
+    repeated = [7, 8, 9, 300, 301, 302] * 12
+    guessed = msgspec.structs.replace(requests[1], request_id="guessed", prompt_token_ids=repeated)
+    requests.append(msgspec.structs.replace(guessed, speculative={"drafters": ["ngram"]}))
+    num_packed = []
+    step_of = DecoderStep.__call__
+
+    def counted(self: DecoderStep, *arguments: Any) -> Tensor:
+        num_packed.append(len(arguments[9]))
+        return step_of(self, *arguments)
+
+    monkeypatch.setattr(DecoderStep, "__call__", counted)
+    native_answers = run(core_for(mimir, max_model_len=512, num_blocks=200), requests)
+    assert max(num_packed) == (1 if format == "int8" else 2), "formats in one native step"
+    monkeypatch.setattr(MixedAttention, "packed", lambda self: None)
+    answers = run(core_for(mimir, max_model_len=512, num_blocks=200), requests)
+    assert native_answers == answers
 
 
 @pytest.mark.parametrize(("format", "most"), [("fp8", 0.05), ("int8", 0.01), ("kivi4", 0.05)])
