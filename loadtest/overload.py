@@ -94,17 +94,23 @@ class Found:
 
 
 class Bench:
-    """A loaded model; each run has an engine of its own. clock: "processor" or "steps"."""
+    """A loaded model; each run has an engine of its own."""
 
-    def __init__(self, clock: str, device: str, *, num_blocks: int, rows: int, output_tokens: int) -> None:
+    def __init__(
+        self, clock: str, device: str, *, num_blocks: int, rows: int, output_tokens: int, model: Path | None = None
+    ) -> None:
+        """
+        clock  "processor" or "steps"
+        model  folder of a checkpoint that reads Mimir's token ids; what it answers is not worth looking at. None: Mimir
+        """
         import torch
 
         from engine.models import load_model
 
         self._clock, self._device = clock, device
-        self._folder = model_path()
+        self._folder = model or model_path()
         self.model: Model = load_model(self._folder, device=torch.device(self._device), max_model_len=MAX_TOKENS)
-        self.writer = Writer(self._folder)
+        self.writer = Writer(model_path())
         self._num_blocks, self._rows, self._output_tokens = num_blocks, rows, output_tokens
 
     def load(self, count: int, rate: float, seed: int) -> Load:
@@ -203,6 +209,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         num_blocks=arguments.blocks,
         rows=arguments.rows,
         output_tokens=arguments.outputs,
+        model=arguments.model,
     )
     alone = bench.time_alone()
     print(f"one request alone takes {alone:.3f} of the clock's units ({arguments.clock})")
@@ -240,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     result = measure(arguments)
     if arguments.json:
-        settings = {name: value for name, value in vars(arguments).items() if name != "json"}
+        settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "model")}
         Path(arguments.json).write_text(json.dumps({"settings": settings, **result}, indent=2) + "\n")
     return 0
 
@@ -249,6 +256,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Goodput and quality under overload, by what is done about it.")
     parser.add_argument("--clock", choices=("processor", "steps"), default="processor")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="whose steps take the time (Mimir); no quality then"
+    )
     parser.add_argument("--requests", type=int, default=24, help="in a round")
     parser.add_argument("--rate", type=float, default=6.0, help="arrivals, in requests per time that one takes alone")
     parser.add_argument("--limit", type=float, default=4.0, help="a good request ends in so many times that")
